@@ -1,0 +1,149 @@
+"""`LoQTTrainerCallback`: brings LoQT's updates to the stock Trainer. It keeps no state of its own beyond a step."""
+
+from __future__ import annotations
+
+import sys
+
+import bitsandbytes as bnb
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.training_args import ParallelMode
+
+from .layer import LoQTLayer
+from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
+
+
+REFUSED = {
+    DistributedType.DEEPSPEED: "DeepSpeed partitions or replicates B behind the model's back, so the values that an update "
+    "writes into it would be lost",
+    DistributedType.FSDP: "FSDP shards the parameters that an update reads and writes",
+    DistributedType.MEGATRON_LM: "Megatron-LM splits the layers that an update reads and writes",
+}
+
+
+def _callback_handler() -> CallbackHandler | None:
+    # Callbacks get no reference to the Trainer, and its reporters (TensorBoard, W&B, ...) come before them in line; what a
+    # callback adds to `logs` in `on_log` reaches none of them. The handler that is calling can address them all.
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return handler
+        frame = frame.f_back
+    return None
+
+
+class LoQTTrainerCallback(TrainerCallback):
+    """Captures the gradients of an update step, switches all layers after the optimizer's step, and logs the update.
+
+    Whether a step is an update step follows from the adapter's config and `global_step`; everything else lives in the
+    adapter, so that a checkpoint needs nothing of this callback. At each update these go to the Trainer's logs:
+    `loqt/updates`, `loqt/merged_change`, `loqt/quantization_error_before`, `loqt/quantization_error_after`,
+    `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]).
+
+    Raises:
+        ValueError:
+            When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
+            callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, or an
+            8-bit optimizer with `optimizer_state="rotate"`.
+    """
+
+    def __init__(self) -> None:
+        self._update: LoQTUpdate | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+    ):
+        self._check_setup(args, model, optimizer)
+        if state.is_world_process_zero:
+            print(self._summary(model, state), flush=True)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        begin_step(model, state.global_step)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._update = end_step(model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._update is None:
+            return
+        logs, self._update = self._update.metrics(), None
+        if state.epoch is not None:
+            logs["epoch"] = state.epoch
+        state.log_history.append({**logs, "step": state.global_step})
+        handler = _callback_handler()
+        if handler is not None:
+            # the event resets the flag, which may ask for the Trainer's own logs of this step
+            should_log = control.should_log
+            handler.on_log(args, state, control, logs)
+            control.should_log = should_log
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        cancel_step(model)
+
+    @staticmethod
+    def _summary(model: nn.Module, state: TrainerState) -> str:
+        adapter_name, layers = active_layers(model)
+        ranks = sorted({layer.r[adapter_name] for _, layer in layers})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights = sum(layer.out_features * layer.in_features for _, layer in layers)
+        others = sum(p.numel() for n, p in model.named_parameters() if ".base_layer.weight" not in n and "loqt_B" not in n)
+        steps = layers[0][1].config[adapter_name].schedule.update_steps(state.max_steps, state.global_step)
+        return (
+            f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "
+            f"({100 * trainable / (weights + others):.1f}% of the base model's), "
+            f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps"
+        )
+
+    @staticmethod
+    def _check_setup(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        if not any(isinstance(module, LoQTLayer) for module in model.modules()):
+            raise ValueError(
+                "LoQTTrainerCallback: the model has no LoQT layers. Wrap it with `get_peft_model(model, LoQTConfig(...))` "
+                "before giving it to the Trainer."
+            )
+        adapter_name, layers = active_layers(model)
+        if adapter_name is None:
+            raise ValueError(
+                "LoQTTrainerCallback: no LoQT adapter is active and trainable. Activate one with `model.set_adapter(name)`, "
+                "or load it with `is_trainable=True`."
+            )
+        handler = _callback_handler()
+        if handler is not None and sum(isinstance(cb, LoQTTrainerCallback) for cb in handler.callbacks) > 1:
+            raise ValueError("LoQTTrainerCallback: the Trainer holds two of them. Pass one only.")
+        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+            raise ValueError(
+                f"LoQTTrainerCallback: nn.DataParallel over {args.n_gpu} devices copies the layers, and what the copies "
+                "capture is lost. Start the script with `torchrun` or `accelerate launch` (DDP), or set "
+                "CUDA_VISIBLE_DEVICES to one device."
+            )
+        distributed_type = AcceleratorState().distributed_type
+        if distributed_type in REFUSED:
+            raise ValueError(
+                f"LoQTTrainerCallback: {distributed_type.value} is not supported: {REFUSED[distributed_type]}. Use DDP."
+            )
+        if args.auto_find_batch_size and any(layer.num_updates(adapter_name) for _, layer in layers):
+            raise ValueError(
+                "LoQTTrainerCallback: auto_find_batch_size starts training again with weights that have already changed. "
+                "Set per_device_train_batch_size instead."
+            )
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
+            if missing:
+                raise ValueError(
+                    f"LoQTTrainerCallback: the optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, "
+                    f"e.g. {missing[0]}. Create it after `get_peft_model` and give it all trainable parameters."
+                )
+            inner = getattr(optimizer, "optimizer", optimizer)
+            eight_bit = isinstance(inner, bnb.optim.optimizer.Optimizer8bit) and inner.args.optim_bits == 8
+            if layers[0][1].config[adapter_name].optimizer_state == "rotate" and eight_bit:
+                raise ValueError(
+                    f"LoQTTrainerCallback: optimizer_state='rotate' cannot rotate the 8-bit moments of "
+                    f"{type(inner).__name__}. Use 'keep' or 'reset', or a 32-bit optimizer."
+                )

@@ -1,0 +1,75 @@
+"""Requantization with error compensation: argmin over Q, B of ‖W − deq(Q) − s·PB‖ (paper §3.3, Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .projection import expand, is_right, pseudo_inverse
+from .quantization import DenseFormat, FourBitFormat
+
+
+class Compensated(NamedTuple):
+    """Result of [`compensate`].
+
+    Attributes:
+        weight (`torch.Tensor`): Q, packed as the format says.
+        B (`torch.Tensor`): In the dtype asked for.
+        error_before (`torch.Tensor`): ‖W − deq(q(W))‖², 0-d float32.
+        error_after (`torch.Tensor`): ‖W − deq(Q) − s·PB‖², 0-d float32.
+    """
+
+    weight: torch.Tensor
+    B: torch.Tensor
+    error_before: torch.Tensor
+    error_after: torch.Tensor
+
+
+def compensate(
+    W: torch.Tensor,
+    P: torch.Tensor,
+    storage: FourBitFormat | DenseFormat,
+    scale: float,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+) -> Compensated:
+    r"""Quantize W, and let B take up what quantization lost within the span of P.
+
+    Starting from B = 0, `steps` times: Q ← q(W − s·PB), B ← P⁺(W − deq(Q)) / s. The pair with the smallest
+    ‖W − deq(Q) − s·PB‖ is kept; a pair counts with B as it is stored. The residual is W − deq(Q), as in LoftQ and in the
+    authors' code; the printed Algorithm 2 differs.
+
+    Args:
+        W (`torch.Tensor`): The merged weight, float32 `[out, in]`.
+        P (`torch.Tensor`): The projection as the forward pass will see it, float32 `[r, in]` or `[out, r]`.
+        storage: The format of Q.
+        scale (`float`): s.
+        steps (`int`): K. With 0, Q = q(W) and B = 0.
+        dtype (`torch.dtype`): Dtype of B.
+
+    Returns:
+        [`Compensated`]
+    """
+    right = is_right(W.shape)
+    # the pair that the iteration starts from: nothing in B
+    weight = storage.pack(W)
+    residual = W - storage.unpack(weight)
+    r = P.shape[0] if right else P.shape[1]
+    B = torch.zeros((W.shape[0], r) if right else (r, W.shape[1]), dtype=dtype, device=W.device)
+    error_before = residual.square().sum()
+    best = Compensated(weight, B, error_before, error_before)
+    # stored without loss (float32, or already on the levels): there is nothing to take up
+    if steps == 0 or not error_before.item():
+        return best
+    inverse = pseudo_inverse(P, right) / scale
+    for step in range(steps):
+        B = (residual @ inverse if right else inverse @ residual).to(dtype)
+        low_rank = scale * expand(P, B.float(), right)
+        error = (residual - low_rank).square().sum()
+        if error < best.error_after:
+            best = Compensated(weight, B, error_before, error)
+        if step + 1 < steps:
+            weight = storage.pack(W - low_rank)
+            residual = W - storage.unpack(weight)
+    return best

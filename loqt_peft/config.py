@@ -1,0 +1,199 @@
+"""Every knob of a LoQT adapter, validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .projection import PROJECTIONS
+from .quantization import QUANT_TYPES
+from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
+
+
+OPTIMIZER_STATES = ("keep", "reset", "rotate")
+RETAIN_BASE = ("device", "cpu", "drop")
+
+
+@dataclass
+class LoQTConfig(PeftConfig):
+    """Configuration of a LoQT adapter (arXiv 2405.16528).
+
+    Raises:
+        ValueError: If a field has a value that is not allowed; the message names field, value and what is allowed.
+    """
+
+    r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
+    loqt_alpha: float = field(default=0.5, metadata={"help": "The paper's scale s, used as is: not divided by r."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to train with LoQT, or a regex (a string). None or 'all-linear' means all linear "
+            "layers but the output head."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules to leave out, or a regex (a string)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules of which a copy is trained and saved. For large modules `full_rank_modules` needs no "
+            "copy."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> a rank that differs from r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> a scale that differs from loqt_alpha."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to transform. Needs target_modules as a list of names."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if it is not a common one. Needs layers_to_transform."}
+    )
+    quantize_weight: Literal["nf4", "fp4"] | None = field(
+        default="nf4", metadata={"help": "Storage of W from the first switch on. None: dense (LoQT-nq)."}
+    )
+    quantize_projection: Literal["nf4", "fp4"] | None = field(
+        default="nf4", metadata={"help": "Storage of P. None: dense."}
+    )
+    double_quant: bool = field(default=False, metadata={"help": "Quantize the absmax of W and P to 8 bits too."})
+    compensation_steps: int = field(
+        default=5, metadata={"help": "K, iterations of error compensation at a switch. 0 turns compensation off."}
+    )
+    update_interval: int = field(default=100, metadata={"help": "τ of the gaps between updates, in optimizer steps."})
+    interval_schedule: Literal["exponential", "linear", "constant"] = field(
+        default="exponential", metadata={"help": "gap_i = τ + ⌊ψ^i⌋, τ + ⌊ψ·i⌋ or τ."}
+    )
+    interval_growth: float = field(default=1.2, metadata={"help": "ψ of the growing gaps."})
+    max_interval: int | None = field(default=None, metadata={"help": "Cap on the gap, in optimizer steps."})
+    projection: Literal["svd", "eigh", "randomized"] = field(
+        default="randomized", metadata={"help": "How P is computed from the gradient."}
+    )
+    optimizer_state: Literal["keep", "reset", "rotate"] = field(
+        default="keep",
+        metadata={
+            "help": "What becomes of B's optimizer state at a switch: left as it is, forgotten, or its first moment rotated "
+            "into the new subspace."
+        },
+    )
+    full_rank_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules that are not targeted and train in place at full rank, saved with the adapter, without "
+            "a second copy. 'all': everything but the targeted weights (embeddings, norms, head, biases)."
+        },
+    )
+    retain_base: Literal["device", "cpu", "drop"] = field(
+        default="cpu",
+        metadata={
+            "help": "Where the original base weights stay after the first switch. With 'drop', disable_adapter, unload and "
+            "further adapters are impossible."
+        },
+    )
+    offload_gradients: bool = field(
+        default=False, metadata={"help": "Keep the gradients of an update step on the CPU, one layer at a time on the device."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False: a random adapter that is not the identity. For tests."}
+    )
+    num_updates: int = field(
+        default=0, metadata={"help": "Updates that the saved adapter has been through. Set by training, not by the user."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # the member is added to the enum by loqt_peft/__init__.py
+        self.peft_type = PeftType.LOQT
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._validate()
+
+    def _validate(self) -> None:
+        def check(name: str, allowed: bool, what: str) -> None:
+            if not allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {what}.")
+
+        def is_int(value) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def is_number(value) -> bool:
+            return (is_int(value) or isinstance(value, float)) and abs(value) < float("inf")
+
+        def choice(name: str, choices: tuple) -> None:
+            check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+
+        def at_least(name: str, smallest: int) -> None:
+            value = getattr(self, name)
+            check(name, is_int(value) and value >= smallest, f"an integer of at least {smallest}")
+
+        at_least("r", 1)
+        check("loqt_alpha", is_number(self.loqt_alpha) and self.loqt_alpha > 0, "a positive number")
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        check(
+            "rank_pattern",
+            isinstance(self.rank_pattern, dict) and all(is_int(r) and r >= 1 for r in self.rank_pattern.values()),
+            "a dict of names to integers of at least 1",
+        )
+        check(
+            "alpha_pattern",
+            isinstance(self.alpha_pattern, dict) and all(is_number(s) and s > 0 for s in self.alpha_pattern.values()),
+            "a dict of names to positive numbers",
+        )
+        for name in ("layers_to_transform", "layers_pattern"):
+            check(
+                name,
+                getattr(self, name) is None or not isinstance(self.target_modules, str),
+                "None when target_modules is a string",
+            )
+        check(
+            "layers_pattern",
+            not self.layers_pattern or self.layers_to_transform is not None,
+            "None when layers_to_transform is None",
+        )
+        choice("quantize_weight", (*QUANT_TYPES, None))
+        choice("quantize_projection", (*QUANT_TYPES, None))
+        for name in ("double_quant", "offload_gradients", "init_weights"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
+        at_least("compensation_steps", 0)
+        at_least("update_interval", 1)
+        choice("interval_schedule", INTERVAL_SCHEDULES)
+        # gaps must not shrink to nothing
+        smallest_growth = 0 if self.interval_schedule == "linear" else 1
+        check(
+            "interval_growth",
+            is_number(self.interval_growth) and self.interval_growth >= smallest_growth,
+            f"a finite number of at least {smallest_growth} with interval_schedule={self.interval_schedule!r}",
+        )
+        if self.max_interval is not None:
+            at_least("max_interval", 1)
+        choice("projection", PROJECTIONS)
+        choice("optimizer_state", OPTIMIZER_STATES)
+        names = self.full_rank_modules
+        check(
+            "full_rank_modules",
+            names is None or names == "all" or (not isinstance(names, str) and all(isinstance(n, str) for n in names)),
+            "None, 'all' or a list of module names",
+        )
+        check(
+            "full_rank_modules",
+            not isinstance(names, (list, set, tuple)) or not set(names) & set(self.modules_to_save or []),
+            f"no module may be in modules_to_save={self.modules_to_save!r} too",
+        )
+        choice("retain_base", RETAIN_BASE)
+        at_least("num_updates", 0)
+
+    @property
+    def schedule(self) -> UpdateSchedule:
+        """Which optimizer steps are update steps."""
+        return UpdateSchedule(
+            self.update_interval, self.interval_schedule, self.interval_growth, self.max_interval
+        )

@@ -1,0 +1,653 @@
+"""The tuner layer: forward, gradient tap, switch, and what becomes of the base weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .compensation import compensate
+from .projection import captured_energy, expand, is_right, project, projection_shape, trainable_shape
+from .quantization import storage_format
+
+
+if TYPE_CHECKING:
+    from .config import LoQTConfig
+
+# of the int64 buffer `loqt_state`
+NUM_UPDATES, UPDATE_PENDING = 0, 1
+
+
+class Switch(NamedTuple):
+    """One layer's new state, computed but not yet written.
+
+    Attributes:
+        weight (`torch.Tensor`): The requantized weight, in its storage format.
+        P (`torch.Tensor`): The projection, in its storage format.
+        B (`torch.Tensor`): In the dtype of the trainable matrix.
+        statistics (`torch.Tensor`):
+            float64 `[6]`: squared norms of the merged s·PB, the merged weight, the quantization error before and after
+            compensation, the gradient within the span of P, and the gradient.
+    """
+
+    weight: torch.Tensor
+    P: torch.Tensor
+    B: torch.Tensor
+    statistics: torch.Tensor
+
+
+class _GradientTap(torch.autograd.Function):
+    """Identity on a layer's output that adds dL/dW = (dL/dy)ᵀ x to the layer's sink in backward."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, x: torch.Tensor, layer: LoQTLayer) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        ctx.layer.accumulate_gradient(grad_output, ctx.saved_tensors[0])
+        return grad_output, None, None
+
+
+def _place_base_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
+    layer._place_base()
+
+
+class LoQTLayer(BaseTunerLayer):
+    """State of the LoQT adapters of one linear layer.
+
+    Per adapter: `loqt_B`, the only trainable matrix; `loqt_P`, the projection; `loqt_state`, the number of updates and
+    whether one is pending; and, from the first switch on, `loqt_weight`, the weight with everything learned before that
+    switch merged in. The base layer is never written to: an adapter is the change deq(W_q) − W_base + s·PB.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("loqt_B",)
+    other_param_names: tuple[str, ...] = ("r", "scaling", "config", "loqt_P", "loqt_weight", "loqt_state")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.config: dict[str, LoQTConfig] = {}
+        self.loqt_B = nn.ParameterDict({})
+        self.loqt_P = BufferDict({}, persistent=True)
+        self.loqt_weight = BufferDict({}, persistent=True)
+        self.loqt_state = BufferDict({}, persistent=True)
+        # reading `loqt_state` waits for the device: buffer, its version and the values last read from it
+        self._state_cache: dict[str, tuple[torch.Tensor, int, list[int]]] = {}
+        # version of B at the first training forward; None once the user was warned
+        self._b_versions: dict[str, int | None] = {}
+
+        self._disable_adapters = False
+        self.merged_adapters = []
+        # base weight from before `merge`; in a tuple so that a Parameter is not registered
+        self._unmerged: tuple[Any, ...] = ()
+        self.base_dropped = False
+
+        self._capturing = False
+        self._offload_gradients = False
+        self._gradient: torch.Tensor | None = None
+
+        base_layer = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base_layer)
+        # of a 4-bit base the dtype that it dequantizes to
+        state = getattr(base_layer.weight, "quant_state", None)
+        self._quantized_dtype = None if state is None else state.dtype
+        self.register_load_state_dict_post_hook(_place_base_after_load)
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.weight.shape
+            self.fan_in_fan_out = True
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+            self.fan_in_fan_out = False
+        self.shape = (self.out_features, self.in_features)
+        self.right = is_right(self.shape)
+        if self.quantization_backend is not None:
+            # in eval, on processors with AVX512-BF16, bitsandbytes would round the absmax to bfloat16, for good
+            base_layer.support_avx512bf16_for_cpu = False
+
+    ###############################
+    # Adapters
+    ###############################
+
+    def update_layer(self, adapter_name: str, r: int, scaling: float, config: LoQTConfig) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name (`str`): Its name.
+            r (`int`): Rank; clamped to min(in, out).
+            scaling (`float`): s.
+            config (`LoQTConfig`): Its config; a positive `num_updates` allocates the drifted weight too.
+        """
+        if self.base_dropped:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be added: the base weights are gone (retain_base='drop'). "
+                "Reload the base model, or train with retain_base='cpu'."
+            )
+        r = min(r, *self.shape)
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = scaling
+        self.config[adapter_name] = config
+
+        B = torch.zeros(trainable_shape(self.shape, r), dtype=self.weight_dtype)
+        P = torch.zeros(projection_shape(self.shape, r))
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(B, a=5**0.5)
+            nn.init.orthogonal_(P)
+        self.loqt_B[adapter_name] = nn.Parameter(B)
+        self.loqt_P[adapter_name] = self.projection_format(adapter_name).pack(P)
+        self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64)
+        self.allocate_weight(adapter_name, config.num_updates > 0)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def projection_format(self, adapter_name: str):
+        """Storage format of P."""
+        config = self.config[adapter_name]
+        shape = projection_shape(self.shape, self.r[adapter_name])
+        return storage_format(shape, config.quantize_projection, config.double_quant, self.weight_dtype)
+
+    def weight_format(self, adapter_name: str):
+        """Storage format of the drifted weight."""
+        config = self.config[adapter_name]
+        return storage_format(self.shape, config.quantize_weight, config.double_quant, self.weight_dtype)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Floating dtype of the base weight; of a 4-bit base the dtype that it dequantizes to."""
+        return self._quantized_dtype or self.get_base_layer().weight.dtype
+
+    def is_drifted(self, adapter_name: str) -> bool:
+        """Whether the adapter has been through a switch, so that it holds a weight of its own."""
+        # a slot may have been allocated, but nothing loaded into it
+        return adapter_name in self.loqt_weight and self.num_updates(adapter_name) > 0
+
+    def allocate_weight(self, adapter_name: str, drifted: bool) -> None:
+        """Allocate or drop the slot of the drifted weight, to fit a checkpoint that is about to be loaded."""
+        if drifted and adapter_name not in self.loqt_weight:
+            device = self.loqt_P[adapter_name].device
+            self.loqt_weight[adapter_name] = self.weight_format(adapter_name).empty(device)
+        elif not drifted and adapter_name in self.loqt_weight:
+            self._require_base("Loading a state from before the first switch")
+            del self.loqt_weight[adapter_name]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # `load_state_dict` drops keys without a slot, so the slots are made to fit before the children load
+        for adapter_name in self.loqt_B:
+            if f"{prefix}loqt_B.{adapter_name}" in state_dict:
+                self.allocate_weight(adapter_name, f"{prefix}loqt_weight.{adapter_name}" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would follow an offloaded base weight, and round a loaded B to the dtype of the base
+        device = device or self._compute_device()
+        for container in (self.loqt_B, self.loqt_P, self.loqt_weight, self.loqt_state):
+            if adapter_name in container and container[adapter_name].device.type not in ("meta", device.type):
+                container[adapter_name] = container[adapter_name].detach().to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.loqt_B:
+            self._require_base("Deleting the adapter")
+        super().delete_adapter(adapter_name)
+        self._place_base()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self._require_base("Disabling the adapter")
+        super().enable_adapters(enabled)
+
+    ###############################
+    # Update state
+    ###############################
+
+    def _state(self, adapter_name: str) -> list[int]:
+        buffer = self.loqt_state[adapter_name]
+        if buffer.is_meta:
+            return [0, 0]
+        cached = self._state_cache.get(adapter_name)
+        if cached is None or cached[0] is not buffer or cached[1] != buffer._version:
+            cached = self._state_cache[adapter_name] = (buffer, buffer._version, buffer.tolist())
+        return cached[2]
+
+    def num_updates(self, adapter_name: str) -> int:
+        """How many switches the adapter has been through."""
+        return self._state(adapter_name)[NUM_UPDATES]
+
+    def update_pending(self, adapter_name: str) -> bool:
+        """Whether an update was postponed and waits for the next step."""
+        return bool(self._state(adapter_name)[UPDATE_PENDING])
+
+    def set_update_pending(self, adapter_name: str) -> None:
+        """Postpone the update to the next step."""
+        self._write_state(adapter_name, self.num_updates(adapter_name), True)
+
+    def _write_state(self, adapter_name: str, num_updates: int, pending: bool) -> None:
+        state = [num_updates, int(pending)]
+        buffer = self.loqt_state[adapter_name]
+        buffer.copy_(torch.tensor(state, dtype=torch.int64))
+        self._state_cache[adapter_name] = (buffer, buffer._version, state)
+
+    ###############################
+    # Weights
+    ###############################
+
+    def projection(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """P as the forward pass sees it: `[r, in]` if in <= out, else `[out, r]`."""
+        return self.projection_format(adapter_name).unpack(self.loqt_P[adapter_name], dtype)
+
+    def _base_weight(self) -> torch.Tensor:
+        """The original base weight, float32 `[out, in]`, on the device of the computation."""
+        self._require_base("This")
+        base_layer = self.get_base_layer()
+        merged = base_layer.weight
+        if self._unmerged:
+            base_layer.weight = self._unmerged[0]
+        try:
+            self._undo_cpu_packing()
+            weight = self.get_base_weight()
+        finally:
+            base_layer.weight = merged
+        weight = weight.to(self._compute_device(), torch.float32)
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _undo_cpu_packing(self) -> None:
+        # Where the base model was evaluated before it became this one's: the layout that bitsandbytes then has on
+        # processors with AVX512-BF16 can neither be dequantized nor differentiated through.
+        weight = self.get_base_layer().weight
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+            # its inverse (0.50.2) leaves the absmax of weights that are not double-quantized transposed and in bfloat16
+            if state.absmax.dim() == 2:
+                state.absmax = state.absmax.T.reshape(-1).float()
+
+    def effective_weight(self, adapter_name: str) -> torch.Tensor:
+        """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
+        if self.is_drifted(adapter_name):
+            weight = self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
+        else:
+            weight = self._base_weight()
+        return weight + self.low_rank_weight(adapter_name)
+
+    def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
+        """s·PB, float32 `[out, in]`."""
+        B = self.loqt_B[adapter_name].detach().float()
+        return self.scaling[adapter_name] * expand(self.projection(adapter_name), B, self.right)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """deq(W_q) − W_base + s·PB, float32, in the layout of the base weight.
+
+        Raises:
+            ValueError: If the base weights were dropped.
+        """
+        with torch.no_grad():
+            delta = self.low_rank_weight(adapter_name)
+            if self.is_drifted(adapter_name):
+                delta = self.effective_weight(adapter_name) - self._base_weight()
+        return delta.T if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    ###############################
+    # Base weight
+    ###############################
+
+    def _compute_device(self) -> torch.device:
+        for weight in self.loqt_weight.values():
+            return weight.device
+        return self.get_base_layer().weight.device
+
+    def _require_base(self, action: str) -> None:
+        if self.base_dropped:
+            raise ValueError(
+                f"{action} needs the original base weights, and they were dropped at the first switch "
+                "(retain_base='drop'). Reload the base model, or train with retain_base='cpu'."
+            )
+
+    def _place_base(self) -> None:
+        """Put the base weight where `retain_base` wants it, now that adapters drifted, were merged or deleted."""
+        if self.base_dropped:
+            return
+        drifted = [name for name in self.loqt_B if self.is_drifted(name)]
+        retain = {self.config[name].retain_base for name in drifted}
+        if not drifted or len(drifted) < len(self.loqt_B) or self.merged or "device" in retain:
+            self._move_base(self._compute_device())
+        elif retain == {"drop"}:
+            weight = self.get_base_layer().weight
+            # the (Params4bit) shell stays: it knows how to quantize a merged weight
+            if getattr(weight, "quant_state", None) is not None:
+                weight.quant_state.absmax = torch.empty(0, device=weight.device)
+            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            self.base_dropped = True
+        else:
+            self._move_base(torch.device("cpu"))
+
+    def _move_base(self, device: torch.device) -> None:
+        base_layer = self.get_base_layer()
+        weight = base_layer.weight
+        if weight.device == device or weight.device.type == "meta":
+            return
+        if self.quantization_backend is not None:
+            # Params4bit takes its quantization state along
+            base_layer.weight = weight.to(device)
+        else:
+            weight.data = weight.data.to(device)
+
+    def restore_base(self) -> None:
+        """Bring the original base weight back to the device, for good."""
+        self._require_base("Unloading the adapter")
+        self._move_base(self._compute_device())
+
+    def _apply(self, fn, recurse=True):
+        module = super()._apply(fn, recurse)
+        # `model.to(device)` brought an offloaded base weight back
+        if self.loqt_weight:
+            self._place_base()
+        return module
+
+    ###############################
+    # Capture and switch
+    ###############################
+
+    def start_capture(self, offload: bool) -> None:
+        """Record dL/dW from now on, in the backward passes of this layer.
+
+        Args:
+            offload (`bool`): Keep the gradient on the CPU.
+        """
+        self._capturing = True
+        self._offload_gradients = offload
+        self._gradient = None
+
+    def stop_capture(self) -> torch.Tensor | None:
+        """Stop recording and hand over the gradient, float32 `[out, in]`; `None` if no backward pass came by."""
+        gradient, self._gradient = self._gradient, None
+        self._capturing = False
+        return gradient
+
+    @property
+    def captured_gradient(self) -> torch.Tensor | None:
+        """What has been recorded so far."""
+        return self._gradient
+
+    @torch.no_grad()
+    def accumulate_gradient(self, grad_output: torch.Tensor, x: torch.Tensor) -> None:
+        """Add `grad_outputᵀ x` to the recorded gradient.
+
+        Args:
+            grad_output (`torch.Tensor`): dL/dy, `[..., out]`.
+            x (`torch.Tensor`): The layer's input, `[..., in]`.
+        """
+        grad_output = grad_output.reshape(-1, self.out_features)
+        # the fp16 loss scale suits dL/dy, but a sum over all tokens would overflow
+        if grad_output.dtype == torch.float16:
+            grad_output = grad_output.float()
+        gradient = grad_output.T @ x.reshape(-1, self.in_features).to(grad_output.dtype)
+        gradient = gradient.to("cpu" if self._offload_gradients else gradient.device, torch.float32)
+        if self._gradient is None:
+            self._gradient = gradient
+        else:
+            self._gradient.add_(gradient)
+
+    @torch.no_grad()
+    def compute_switch(self, adapter_name: str, gradient: torch.Tensor | None) -> Switch:
+        """Merge, project, compensate (paper Algorithm 1, lines 5-10), without writing anything.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            gradient (`torch.Tensor`, *optional*):
+                dL/dW at the merged weight, float32 `[out, in]`. `None` or all zeros keeps P.
+
+        Returns:
+            [`Switch`]
+        """
+        config, scaling, r = self.config[adapter_name], self.scaling[adapter_name], self.r[adapter_name]
+        B = self.loqt_B[adapter_name]
+        W = self.effective_weight(adapter_name)
+        change = self.low_rank_weight(adapter_name).square().sum()
+        gradient_energy = torch.zeros((), device=W.device) if gradient is None else gradient.square().sum()
+        captured = torch.zeros_like(gradient_energy)
+
+        P_packed, P = self.loqt_P[adapter_name], None
+        if gradient_energy.item():
+            projection_format = self.projection_format(adapter_name)
+            P_packed = projection_format.pack(project(gradient, r, config.projection))
+            P = projection_format.unpack(P_packed)
+            captured = captured_energy(gradient, P)
+        else:
+            P = self.projection(adapter_name)
+        # P is empty where no gradient has ever come by: nothing can be compensated in its span
+        steps = config.compensation_steps if P.any() else 0
+        weight_format = self.weight_format(adapter_name)
+        new = compensate(W, P, weight_format, scaling, steps, B.dtype)
+        statistics = torch.stack(
+            [
+                value.to(W.device, torch.float64)
+                for value in (change, W.square().sum(), new.error_before, new.error_after, captured, gradient_energy)
+            ]
+        )
+        return Switch(new.weight, P_packed, new.B, statistics)
+
+    def empty_switch(self, adapter_name: str) -> Switch:
+        """A [`Switch`] of the right shapes and dtypes, to be received from another process."""
+        device, B = self.loqt_P[adapter_name].device, self.loqt_B[adapter_name]
+        return Switch(
+            self.weight_format(adapter_name).empty(device),
+            self.projection_format(adapter_name).empty(device),
+            torch.empty_like(B),
+            torch.zeros(6, dtype=torch.float64, device=device),
+        )
+
+    @torch.no_grad()
+    def write_switch(self, adapter_name: str, switch: Switch) -> None:
+        """Make the computed state the layer's own. B stays the Parameter that the optimizer holds."""
+        self.loqt_P[adapter_name] = switch.P
+        self.loqt_B[adapter_name].copy_(switch.B)
+        self.loqt_weight[adapter_name] = switch.weight
+        self._write_state(adapter_name, self.num_updates(adapter_name) + 1, False)
+        self._place_base()
+
+    def _warn_if_b_cannot_learn(self, adapter_name: str) -> None:
+        # P is filled by the first switch; if the optimizer stepped B before that, nobody asks for switches
+        if self._capturing or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
+            return
+        version = self.loqt_B[adapter_name]._version
+        if self._b_versions.setdefault(adapter_name, version) not in (version, None):
+            warnings.warn(
+                f"The projection P of the LoQT adapter {adapter_name!r} is still empty after the first training step, so B "
+                "cannot learn. Pass `callbacks=[LoQTTrainerCallback()]` to the Trainer, or call `model.begin_step(step)` "
+                "and `model.end_step(optimizer)` in your own loop.",
+                stacklevel=2,
+            )
+            self._b_versions[adapter_name] = None
+
+
+class Linear(LoQTLayer, nn.Module):
+    """LoQT on `nn.Linear`, bitsandbytes' `Linear4bit` or GPT-2's `Conv1D`.
+
+    `y = x deq(W_q)ᵀ + b + s · x (PB)ᵀ`; before an adapter's first switch the base layer takes the place of the first two
+    terms (paper eq. 5).
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: LoQTConfig) -> None:
+        nn.Module.__init__(self)
+        LoQTLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, scaling, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Batches that mix adapters (`adapter_names`) are not supported by LoQT.")
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base_forward(x)
+        adapters = [name for name in self.active_adapters if name in self.loqt_B]
+        if self.merged or not adapters:
+            return self._base_forward(x)
+
+        y = self._weight_forward(x, adapters)
+        dtype = y.dtype
+        for adapter_name in adapters:
+            y = y + self._low_rank_forward(x, adapter_name)
+        y = y.to(dtype)
+        if self.training and torch.is_grad_enabled():
+            if self._capturing:
+                y = _GradientTap.apply(y, x, self)
+            elif not torch.compiler.is_compiling():
+                for adapter_name in adapters:
+                    self._warn_if_b_cannot_learn(adapter_name)
+        return y
+
+    def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.merged:
+            self._require_base("The base model's output")
+        base_layer = self.get_base_layer()
+        if torch.is_grad_enabled():
+            self._undo_cpu_packing()
+        if base_layer.weight.device == x.device:
+            return base_layer(x)
+        weight = self._base_weight().to(x.device, self.weight_dtype)
+        return F.linear(x.to(self.weight_dtype), weight, base_layer.bias)
+
+    def _weight_forward(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        drifted = [name for name in adapters if self.is_drifted(name)]
+        y = self._base_forward(x) if len(drifted) != 1 else None
+        for adapter_name in drifted:
+            own = self._drifted_forward(x, adapter_name)
+            # every further adapter adds its own change to the base: deq(W_q) − W_base
+            y = own if len(drifted) == 1 else y + (own - self._base_forward(x))
+        return y
+
+    def _drifted_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        input_dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            output_dtype = compute_dtype = torch.get_autocast_dtype(x.device.type)
+        elif self.quantization_backend is not None:
+            output_dtype, compute_dtype = input_dtype, self.get_base_layer().compute_dtype or input_dtype
+        else:
+            output_dtype = compute_dtype = self.weight_dtype
+        bias = self.get_base_layer().bias
+        if bias is not None:
+            bias = bias.to(compute_dtype)
+        weight_format = self.weight_format(adapter_name)
+        y = weight_format.linear(x.to(compute_dtype), self.loqt_weight[adapter_name], bias)
+        return y.to(output_dtype)
+
+    def _low_rank_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        B, P = self.loqt_B[adapter_name], self.loqt_P[adapter_name]
+        scaling, projection_format = self.scaling[adapter_name], self.projection_format(adapter_name)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        else:
+            x = self._cast_input_dtype(x, B.dtype)
+        # s goes onto the smaller of the tensors, `[..., r]`
+        if self.right:
+            return F.linear(scaling * projection_format.linear(x, P), B)
+        return projection_format.linear(scaling * F.linear(x, B), P)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight.
+
+        The weight from before is kept, so `unmerge` is exact. A 4-bit base is requantized.
+
+        Args:
+            safe_merge (`bool`): Check the merged weight for NaN and infinity first.
+            adapter_names (`list[str]`, *optional*): Which adapters; the active ones if `None`.
+
+        Raises:
+            ValueError: If `safe_merge` finds a weight that is not finite.
+        """
+        adapter_names = self._adapters_to_merge(adapter_names)
+        if not adapter_names:
+            return
+        weight = self.merged_weight(self.merged_adapters + adapter_names, safe_merge)
+        base_layer = self.get_base_layer()
+        if self.fan_in_fan_out:
+            weight = weight.T
+        original = base_layer.weight
+        if self.quantization_backend is None:
+            # a new Parameter, so that the original stays as it is
+            base_layer.weight = nn.Parameter(weight.to(self.weight_dtype).contiguous(), requires_grad=False)
+        else:
+            self._move_base(self._compute_device())
+            original = base_layer.weight
+            self.set_base_weight(weight.contiguous())
+            # the backend marks the weight that it replaces as not yet quantized
+            original.bnb_quantized = True
+        if not self._unmerged:
+            self._unmerged = (original,)
+        self.merged_adapters.extend(adapter_names)
+
+    def _adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loqt_B]
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str], safe_merge: bool = False) -> torch.Tensor:
+        """W_base plus the changes of the adapters, float32 `[out, in]`.
+
+        Raises:
+            ValueError:
+                If `safe_merge` finds a weight that is not finite; if the base was dropped and the sum needs it, which that
+                of a single drifted adapter does not.
+        """
+        # not base + (W − base), which would round
+        if len(adapter_names) == 1:
+            weight = self.effective_weight(adapter_names[0])
+        else:
+            base = self._base_weight()
+            weight = base + sum(self.effective_weight(name) - base for name in adapter_names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken"
+            )
+        return weight
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, or with `merge` a dense layer with the adapters merged.
+
+        A 4-bit base becomes an `nn.Linear` in the dtype that it dequantized to: rounded to 4 bits again, the merged weight
+        would lose what was learned.
+        """
+        if not merge:
+            self.restore_base()
+        elif self.quantization_backend is None:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            weight = self.merged_weight(self.merged_adapters + self._adapters_to_merge(adapter_names), safe_merge)
+            bias = self.get_base_layer().bias
+            with torch.device("meta"):
+                dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+            dense.weight = nn.Parameter(weight.to(self.weight_dtype), requires_grad=False)
+            dense.bias = bias
+            # PEFT takes weight and bias of the module that replaces this one from here
+            self.base_layer = dense
+        return self.get_base_layer()
+
+    def unmerge(self) -> None:
+        """Put the base weight from before `merge` back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.get_base_layer().weight = self._unmerged[0]
+        self._unmerged = ()
+        self.merged_adapters.clear()
+        self._move_base(self._compute_device())
+        self._place_base()
+
+    def __repr__(self) -> str:
+        return "loqt." + super().__repr__()

@@ -1,0 +1,291 @@
+"""The tuner: which modules become LoQT layers, what is saved with an adapter, and its life cycle."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import LoQTConfig
+from .layer import Linear, LoQTLayer
+from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
+
+
+SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
+
+
+def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
+    """The parameters that `config.full_rank_modules` names, by their names in `model`; tied ones once.
+
+    Raises:
+        ValueError: If a name matches no module, or one that is targeted or in `modules_to_save`.
+    """
+    wanted = config.full_rank_modules
+    if not wanted:
+        return {}
+    # names of modules in which parameters belong to PEFT
+    managed = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+
+    def owner(parameter_name: str) -> str | None:
+        parts = parameter_name.split(".")
+        return next((key for i in range(len(parts)) if (key := ".".join(parts[:i])) in managed), None)
+
+    if wanted == "all":
+        selected = {}
+        for name, parameter in model.named_parameters():
+            managed_by = owner(name)
+            is_bias = isinstance(managed.get(managed_by), LoQTLayer) and name == f"{managed_by}.base_layer.bias"
+            if parameter.is_floating_point() and (managed_by is None or is_bias):
+                selected[name] = parameter
+        return selected
+
+    selected = {}
+    for module_name in wanted:
+        keys = [n for n, _ in model.named_modules() if n == module_name or n.endswith(f".{module_name}")]
+        if not keys:
+            raise ValueError(f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name.")
+        for key in keys:
+            for name, parameter in model.get_submodule(key).named_parameters(prefix=key):
+                if owner(name) is not None:
+                    raise ValueError(
+                        f"full_rank_modules={module_name!r} is not allowed: {key!r} is or holds a module in target_modules "
+                        "or modules_to_save."
+                    )
+                selected[name] = parameter
+    # tied weights have several names
+    names = {id(parameter): name for name, parameter in reversed(selected.items())}
+    return {name: parameter for name, parameter in selected.items() if names[id(parameter)] == name}
+
+
+class LoQTModel(BaseTuner):
+    """A model with LoQT adapters on its linear layers (arXiv 2405.16528).
+
+    Created by `get_peft_model(model, LoQTConfig(...))`. With the Trainer, pass `callbacks=[LoQTTrainerCallback()]`. In a
+    loop of your own:
+
+    ```py
+    for step, batch in enumerate(dataloader):
+        model.begin_step(step)
+        model(**batch).loss.backward()
+        optimizer.step()
+        model.end_step(optimizer)
+        optimizer.zero_grad()
+    ```
+    """
+
+    prefix: str = "loqt_"
+    tuner_layer_cls = LoQTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    ###############################
+    # Training
+    ###############################
+
+    def begin_step(self, step: int) -> bool:
+        """Before the first forward pass of optimizer step `step`; see [`loqt_peft.update.begin_step`]."""
+        return begin_step(self, step)
+
+    def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
+        """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.update.end_step`]."""
+        return end_step(self, optimizer)
+
+    def cancel_step(self) -> None:
+        """Drop what a step captured that will not be finished."""
+        cancel_step(self)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
+        # names are those in the PeftModel, which is what DDP wraps.
+        containers = ("loqt_P", "loqt_weight", "loqt_state")
+        return [
+            f"base_model.{name}.{container}.{adapter_name}"
+            for name, layer in loqt_layers(self)
+            for container in containers
+            for adapter_name in getattr(layer, container)
+        ]
+
+    ###############################
+    # Injection
+    ###############################
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # training writes into the config, and the user may build another model with his
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def _check_new_adapter_config(self, config: LoQTConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1:
+            for name, other in self.peft_config.items():
+                if other.retain_base == "drop":
+                    raise ValueError(
+                        f"retain_base='drop' of adapter {name!r} is not allowed with several adapters: each is a change of "
+                        "the original base weights."
+                    )
+            if sum(bool(other.full_rank_modules) for other in self.peft_config.values()) > 1:
+                raise ValueError("full_rank_modules is allowed for one adapter only: it trains the base model in place.")
+
+    def _create_and_replace(
+        self,
+        loqt_config: LoQTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r_key = get_pattern_key(loqt_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(loqt_config.alpha_pattern.keys(), current_key)
+        r = loqt_config.rank_pattern.get(r_key, loqt_config.r)
+        scaling = loqt_config.alpha_pattern.get(alpha_key, loqt_config.loqt_alpha)
+
+        if isinstance(target, LoQTLayer):
+            target.update_layer(adapter_name, r, scaling, loqt_config)
+            return
+        self._check_target(target, parent, current_key)
+        new_module = Linear(target, adapter_name, r, scaling, loqt_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _check_target(self, target: nn.Module, parent: nn.Module, key: str) -> None:
+        backend = resolve_quantization_backend(target)
+        supported = isinstance(target, (nn.Linear, Conv1D)) and (
+            backend is None or isinstance(target, bnb.nn.Linear4bit)
+        )
+        if not supported:
+            raise ValueError(
+                f"Target module {key!r} is a {type(target).__name__}, which LoQT does not support: only {SUPPORTED}."
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"Target module {key!r} lies inside nn.MultiheadAttention, which uses its weight without calling it. Add it "
+                "to exclude_modules."
+            )
+        for name, module in self.model.named_modules():
+            if module is not target and getattr(module, "weight", None) is target.weight:
+                raise ValueError(
+                    f"Target module {key!r} shares its weight with {name!r}. LoQT would change the one and not the other. "
+                    "Untie them (`tie_word_embeddings=False`), or leave it out of target_modules."
+                )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        self._set_full_rank_requires_grad()
+
+    def _set_full_rank_requires_grad(self) -> None:
+        for adapter_name, config in self.peft_config.items():
+            trains = adapter_name in self.active_adapters and not config.inference_mode
+            for parameter in full_rank_parameters(self.model, config).values():
+                parameter.requires_grad = trains
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_full_rank_requires_grad()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # B only, and in place: it must stay the Parameter that an optimizer may hold, and a dense W or P in 16 bits is
+        # meant to be that small
+        if not autocast_adapter_dtype:
+            return
+        for _, layer in loqt_layers(self.model):
+            if adapter_name in layer.loqt_B and layer.loqt_B[adapter_name].dtype in (torch.float16, torch.bfloat16):
+                layer.loqt_B[adapter_name].data = layer.loqt_B[adapter_name].data.float()
+
+    ###############################
+    # State dict
+    ###############################
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LoQTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
+        return adapter
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # PEFT maps only keys that the model has a slot for
+        for name, layer in loqt_layers(model):
+            if adapter_name not in layer.loqt_B:
+                continue
+            names = (name, f"base_model.model.{name}")
+            if any(f"{key}.loqt_B" in state_dict for key in names):
+                layer.allocate_weight(adapter_name, any(f"{key}.loqt_weight" in state_dict for key in names))
+        counts = [int(value[0]) for key, value in state_dict.items() if re.search(r"\.loqt_state$", key)]
+        if counts:
+            config.num_updates = max(counts)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    ###############################
+    # Life cycle
+    ###############################
+
+    def _refuse_after_full_rank(self, action: str, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name in self.peft_config and self.peft_config[name].full_rank_modules:
+                raise ValueError(
+                    f"{action} is impossible: adapter {name!r} trains full_rank_modules in place, so the original base "
+                    "model is gone. Reload it."
+                )
+
+    def disable_adapter_layers(self) -> None:
+        self._refuse_after_full_rank("Disabling the adapter", self.active_adapters)
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._refuse_after_full_rank("Deleting the adapter", [adapter_name])
+        # before PEFT takes the first piece out
+        for _, layer in loqt_layers(self.model):
+            if adapter_name in layer.loqt_B:
+                layer._require_base("Deleting the adapter")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters.
+
+        Raises:
+            ValueError: If its weights were dropped (`retain_base="drop"`) or trained in place (`full_rank_modules`).
+        """
+        self._refuse_after_full_rank("Unloading the adapter", list(self.peft_config))
+        return super().unload()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """A dense model with the adapters merged, for plain transformers; also if the base was loaded in 4 bits.
+
+        Args and errors: see `BaseTuner.merge_and_unload`.
+        """
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None:
+            if any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()):
+                model = model.dequantize()
+            else:
+                quantizer.remove_quantization_config(model)
+        return model

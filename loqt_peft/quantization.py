@@ -1,0 +1,171 @@
+"""How the matrices of an adapter are stored: packed 4-bit (bitsandbytes) or dense.
+
+A packed matrix is *one* flat `uint8` tensor, and its layout is a pure function of shape and format. An integer tensor is
+cast by nothing on its way through `model.to(dtype)`, `autocast_adapter_dtype` or a low-memory load, so the absmax keeps
+its float32 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, quantize_4bit
+
+
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+# bitsandbytes' CUDA kernels read vectors of 16 bytes
+_ALIGNMENT = 16
+
+_dynamic_maps: dict[torch.device, torch.Tensor] = {}
+
+
+def _dynamic_map(device: torch.device) -> torch.Tensor:
+    """The 256 levels to which double quantization rounds an absmax; building it takes longer than using it."""
+    if device not in _dynamic_maps:
+        _dynamic_maps[device] = create_dynamic_map().to(device)
+    return _dynamic_maps[device]
+
+
+def _aligned(nbytes: int) -> int:
+    return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class FourBitFormat:
+    """A `[rows, columns]` matrix in 4-bit blocks of 64 along the rows' flattened order.
+
+    Layout, in bytes, each part padded to 16: the codes `ceil(n / 2)`; then the absmax, float32 `[ceil(n / 64)]`, or, when
+    double-quantized, uint8 `[ceil(n / 64)]`, float32 `[ceil(n / 16384)]` (its own absmax) and one float32 (its mean).
+
+    Args:
+        shape (`tuple[int, int]`): Shape of the matrix.
+        quant_type (`str`): `"nf4"` or `"fp4"`.
+        double_quant (`bool`): Whether the absmax is quantized to 8 bits too.
+    """
+
+    shape: tuple[int, int]
+    quant_type: str = "nf4"
+    double_quant: bool = False
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[int, int]]:
+        """Name -> (offset, bytes)."""
+        n = math.prod(self.shape)
+        blocks = math.ceil(n / BLOCKSIZE)
+        sizes = {"codes": math.ceil(n / 2)}
+        if self.double_quant:
+            sizes |= {"absmax": blocks, "nested_absmax": 4 * math.ceil(blocks / NESTED_BLOCKSIZE), "offset": 4}
+        else:
+            sizes |= {"absmax": 4 * blocks}
+        parts, offset = {}, 0
+        for name, size in sizes.items():
+            parts[name] = (offset, size)
+            offset += _aligned(size)
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensor."""
+        offset, size = list(self._parts.values())[-1]
+        return offset + _aligned(size)
+
+    def _part(self, packed: torch.Tensor, name: str) -> torch.Tensor:
+        offset, size = self._parts[name]
+        return packed[offset : offset + size]
+
+    def empty(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The packed zero matrix: uint8 `[nbytes]`."""
+        return torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+
+    def pack(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Quantize a floating `[rows, columns]` matrix to uint8 `[nbytes]`."""
+        packed = self.empty(matrix.device)
+        codes, state = quantize_4bit(
+            matrix.contiguous(),
+            blocksize=BLOCKSIZE,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+        )
+        self._part(packed, "codes").copy_(codes.flatten())
+        if self.double_quant:
+            self._part(packed, "absmax").copy_(state.absmax)
+            self._part(packed, "nested_absmax").view(torch.float32).copy_(state.state2.absmax)
+            self._part(packed, "offset").view(torch.float32).copy_(state.offset)
+        else:
+            self._part(packed, "absmax").view(torch.float32).copy_(state.absmax)
+        return packed
+
+    def _quant_state(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+        codes = self._part(packed, "codes").view(-1, 1)
+        absmax = self._part(packed, "absmax")
+        state2, offset = None, None
+        if self.double_quant:
+            state2 = QuantState(
+                absmax=self._part(packed, "nested_absmax").view(torch.float32),
+                code=_dynamic_map(packed.device),
+                blocksize=NESTED_BLOCKSIZE,
+                dtype=torch.float32,
+            )
+            offset = self._part(packed, "offset").view(torch.float32)[0]
+        else:
+            absmax = absmax.view(torch.float32)
+        state = QuantState(
+            absmax=absmax,
+            shape=torch.Size(self.shape),
+            dtype=dtype,
+            blocksize=BLOCKSIZE,
+            quant_type=self.quant_type,
+            offset=offset,
+            state2=state2,
+        )
+        return codes, state
+
+    def unpack(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dequantize to `[rows, columns]` in `dtype` (float32, bfloat16 or float16)."""
+        codes, state = self._quant_state(packed, dtype)
+        return dequantize_4bit(codes, state)
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x @ unpack(packed).T + bias` in the dtype of x; autograd keeps the packed matrix only."""
+        codes, state = self._quant_state(packed, x.dtype)
+        return bnb.matmul_4bit(x, codes, quant_state=state, bias=bias)
+
+
+@dataclass(frozen=True)
+class DenseFormat:
+    """A `[rows, columns]` matrix kept as it is, in `dtype`. Same interface as [`FourBitFormat`]."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+    def empty(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The zero matrix."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+    def pack(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Round a floating matrix to `dtype`."""
+        return matrix.to(self.dtype, copy=True)
+
+    def unpack(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix in `dtype`."""
+        return packed.to(dtype)
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x @ packed.T + bias` in the dtype of x."""
+        return F.linear(x, packed.to(x.dtype), bias)
+
+
+def storage_format(
+    shape: tuple[int, int], quant_type: str | None, double_quant: bool, dtype: torch.dtype
+) -> FourBitFormat | DenseFormat:
+    """The format that a config asks for; `dtype` is that of a matrix which is not quantized."""
+    if quant_type is None:
+        return DenseFormat(shape, dtype)
+    return FourBitFormat(shape, quant_type, double_quant)

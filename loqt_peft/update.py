@@ -1,0 +1,253 @@
+"""The update of a whole model: when gradients are captured, and the switch of all layers, over all processes.
+
+Works on any module that holds LoQT layers, a `PeftModel` or a model with injected adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .layer import LoQTLayer, Switch
+
+
+logger = logging.getLogger(__name__)
+
+# keys of the first moment in the states of torch's, transformers' and (32-bit) bitsandbytes' optimizers
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+
+
+@dataclass(frozen=True)
+class LoQTUpdate:
+    """Figures of one update of all layers; norms are Frobenius norms over all layers together.
+
+    Attributes:
+        num_updates (`int`): Updates so far, this one included.
+        merged_change (`float`): ‖s·PB‖ / ‖W‖ of what was merged.
+        quantization_error_before (`float`): ‖W − deq(q(W))‖ / ‖W‖, before compensation.
+        quantization_error_after (`float`): ‖W − deq(Q) − s·PB‖ / ‖W‖, after compensation.
+        gradient_energy (`float`): Share of ‖G‖² that lies in the span of the (quantized) P.
+        seconds (`float`): Wall time of the update.
+    """
+
+    num_updates: int
+    merged_change: float
+    quantization_error_before: float
+    quantization_error_after: float
+    gradient_energy: float
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """The figures under the names by which they are logged."""
+        return {
+            "loqt/updates": self.num_updates,
+            "loqt/merged_change": self.merged_change,
+            "loqt/quantization_error_before": self.quantization_error_before,
+            "loqt/quantization_error_after": self.quantization_error_after,
+            "loqt/gradient_energy": self.gradient_energy,
+            "loqt/seconds": self.seconds,
+        }
+
+
+def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
+    """All LoQT layers of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLayer))
+
+
+def active_layers(model: nn.Module) -> tuple[str | None, list[tuple[str, LoQTLayer]]]:
+    """The adapter that trains, and its layers; `(None, [])` if there is none.
+
+    Raises:
+        ValueError: If several LoQT adapters train at once: their changes to W could not be told apart.
+    """
+    found: dict[str, list[tuple[str, LoQTLayer]]] = {}
+    for name, layer in loqt_layers(model):
+        for adapter_name in layer.active_adapters:
+            if adapter_name in layer.loqt_B and layer.loqt_B[adapter_name].requires_grad:
+                found.setdefault(adapter_name, []).append((name, layer))
+    if len(found) > 1:
+        raise ValueError(f"Only one LoQT adapter can train at a time, but these are active: {sorted(found)}.")
+    return next(iter(found.items()), (None, []))
+
+
+def is_update_due(model: nn.Module, step: int) -> bool:
+    """Whether `step` is an update step, or an update waits that was postponed."""
+    adapter_name, layers = active_layers(model)
+    if adapter_name is None:
+        return False
+    layer = layers[0][1]
+    return layer.config[adapter_name].schedule.is_update_step(step) or layer.update_pending(adapter_name)
+
+
+def begin_step(model: nn.Module, step: int) -> bool:
+    """Before the first forward pass of an optimizer step: capture gradients if an update is due.
+
+    Args:
+        model (`nn.Module`): A model with LoQT layers.
+        step (`int`): Number of optimizer steps already taken, as the Trainer's `global_step`.
+
+    Returns:
+        `bool`: Whether the step is an update step.
+
+    Raises:
+        ValueError: If `step` is not a non-negative integer, or no LoQT adapter trains.
+    """
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r} is not allowed: the number of optimizer steps already taken.")
+    # a step that was never finished left a partial gradient
+    cancel_step(model)
+    adapter_name, layers = active_layers(model)
+    if adapter_name is None:
+        raise ValueError("No LoQT adapter of this model is active and trainable.")
+    if not is_update_due(model, step):
+        return False
+    for _, layer in layers:
+        layer.start_capture(layer.config[adapter_name].offload_gradients)
+    return True
+
+
+def cancel_step(model: nn.Module) -> None:
+    """Drop whatever was captured."""
+    for _, layer in loqt_layers(model):
+        layer.stop_capture()
+
+
+@torch.no_grad()
+def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
+    """After `optimizer.step()` and before `optimizer.zero_grad()`: update, if this step captured gradients.
+
+    The update is postponed to the next step if the optimizer skipped this one (fp16 overflow) or if a gradient is not
+    finite. In a `torch.distributed` run all processes must call this.
+
+    Args:
+        model (`nn.Module`): The model given to [`begin_step`].
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            Holder of B's state, for `optimizer_state` `"reset"` and `"rotate"`.
+
+    Returns:
+        [`LoQTUpdate`] or `None`: The figures of the update, if there was one.
+    """
+    adapter_name, layers = active_layers(model)
+    layers = [(name, layer) for name, layer in layers if layer._capturing]
+    if not layers:
+        return None
+    start = time.perf_counter()
+
+    skipped = bool(getattr(optimizer, "step_was_skipped", False))
+    broken = _non_finite_gradients(layers)
+    if skipped or broken:
+        if broken and not skipped and not layers[0][1].update_pending(adapter_name):
+            warnings.warn(
+                f"The gradient of {broken} of {len(layers)} LoQT layers is not finite; the update is postponed to the next "
+                "step with finite gradients. Nothing was changed.",
+                stacklevel=2,
+            )
+        for _, layer in layers:
+            layer.set_update_pending(adapter_name)
+        cancel_step(model)
+        return None
+
+    config = layers[0][1].config[adapter_name]
+    statistics, without_gradient = [], []
+    for index, (name, layer) in enumerate(layers):
+        switch = _switch(layer, adapter_name, index)
+        P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
+        layer.write_switch(adapter_name, switch)
+        statistics.append(switch.statistics.cpu())
+        if not statistics[-1][5]:
+            without_gradient.append(name)
+        if config.optimizer_state != "keep" and optimizer is not None:
+            _treat_optimizer_state(layer, adapter_name, optimizer, P_old)
+    _warn_without_gradient(model, without_gradient)
+
+    num_updates = layers[0][1].num_updates(adapter_name)
+    config.num_updates = num_updates
+    change, weight, before, after, captured, gradient = torch.stack(statistics).sum(0).tolist()
+    return LoQTUpdate(
+        num_updates=num_updates,
+        merged_change=(change / weight) ** 0.5 if weight else 0.0,
+        quantization_error_before=(before / weight) ** 0.5 if weight else 0.0,
+        quantization_error_after=(after / weight) ** 0.5 if weight else 0.0,
+        gradient_energy=captured / gradient if gradient else 0.0,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _non_finite_gradients(layers: list[tuple[str, LoQTLayer]]) -> int:
+    """Number of layers whose gradient is not finite, on any process."""
+    device = layers[0][1].loqt_P[next(iter(layers[0][1].loqt_P))].device
+    broken = torch.zeros(len(layers), device=device)
+    for index, (_, layer) in enumerate(layers):
+        if layer.captured_gradient is not None:
+            # a sum is finite only if every term is
+            broken[index] = (~torch.isfinite(layer.captured_gradient.sum())).to(device, torch.float32)
+    if _is_distributed():
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    return int(broken.sum().item())
+
+
+def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
+    """The layer's new state, the same bits on every process.
+
+    Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is shared, and
+    processes on unlike hardware cannot drift apart.
+    """
+    device = layer.loqt_P[adapter_name].device
+    gradient = layer.stop_capture()
+    if gradient is not None:
+        gradient = gradient.to(device)
+    if not _is_distributed():
+        return layer.compute_switch(adapter_name, gradient)
+
+    owner = index % dist.get_world_size()
+    if gradient is None:
+        gradient = torch.zeros(layer.shape, device=device)
+    dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
+    if dist.get_rank() == owner:
+        switch = layer.compute_switch(adapter_name, gradient / dist.get_world_size())
+    else:
+        switch = layer.empty_switch(adapter_name)
+    switch = Switch(*(tensor.contiguous() for tensor in switch))
+    for tensor in switch:
+        dist.broadcast(tensor, src=owner)
+    return switch
+
+
+def _treat_optimizer_state(
+    layer: LoQTLayer, adapter_name: str, optimizer: torch.optim.Optimizer, P_old: torch.Tensor | None
+) -> None:
+    B = layer.loqt_B[adapter_name]
+    if P_old is None:
+        optimizer.state.pop(B, None)
+        return
+    P_new = layer.projection(adapter_name)
+    for key in FIRST_MOMENTS:
+        moment = optimizer.state.get(B, {}).get(key)
+        if isinstance(moment, torch.Tensor) and moment.shape == B.shape and moment.is_floating_point():
+            # old coordinates -> weight space -> new coordinates
+            rotated = moment.float() @ (P_old @ P_new.T) if layer.right else (P_new.T @ P_old) @ moment.float()
+            moment.copy_(rotated)
+
+
+def _warn_without_gradient(model: nn.Module, names: list[str]) -> None:
+    warned = model.__dict__.setdefault("_loqt_warned_without_gradient", set())
+    names = [name for name in names if name not in warned]
+    if names:
+        warned.update(names)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"The gradient of {shown} is zero on an update step (a module that did not run, or a frozen path). The layer "
+            "keeps its projection P; what it had learned was merged.",
+            stacklevel=3,
+        )

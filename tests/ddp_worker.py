@@ -1,0 +1,51 @@
+"""Run by test_distributed.py under torchrun: trains with the Trainer and saves what each process ends up with."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from common import TokenDataset, loqt_config, make_trainer, tiny_llama
+from peft import get_peft_model
+from safetensors.torch import save_file
+
+from loqt_peft import LoQTTrainerCallback
+from loqt_peft.update import loqt_layers
+
+
+def main(output_dir, batch_size, accumulation, offload):
+    # P in 32 bits and W dense in one of the layers' formats would hide nothing: all is quantized here
+    model = get_peft_model(
+        tiny_llama(),
+        loqt_config(update_interval=2, full_rank_modules="all", offload_gradients=offload == "offload"),
+    )
+    gradients = {}
+
+    class KeepGradients(LoQTTrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                for name, layer in loqt_layers(model):
+                    gradient = layer.captured_gradient.clone()
+                    if dist.is_initialized():
+                        dist.all_reduce(gradient)
+                        gradient /= dist.get_world_size()
+                    gradients[f"gradient.{name}"] = gradient
+            return super().on_optimizer_step(args, state, control, model=model, **kwargs)
+
+    trainer = make_trainer(
+        model,
+        output_dir,
+        [KeepGradients()],
+        dataset=TokenDataset(size=64),
+        max_steps=5,
+        per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=int(accumulation),
+        ddp_find_unused_parameters=False,
+    )
+    trainer.train()
+    tensors = {k: v.contiguous().clone() for k, v in model.state_dict().items() if "base_layer" not in k}
+    save_file({**tensors, **gradients}, f"{output_dir}/rank{trainer.args.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

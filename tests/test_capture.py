@@ -1,0 +1,237 @@
+"""The captured gradient is that of a dense model with the merged weights."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from common import loqt_config, tiny_llama, token_batch, train_steps
+from peft import get_peft_model
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from loqt_peft import LoQTConfig
+from loqt_peft.update import loqt_layers
+
+
+def merged_dense_copy(model):
+    return copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+
+
+def assert_captured_equals_dense(model, dense, tolerance, dense_weight=lambda module: module.weight):
+    for name, layer in loqt_layers(model.base_model.model):
+        expected = dense_weight(dense.get_submodule(name)).grad
+        if layer.fan_in_fan_out:
+            expected = expected.T
+        error = torch.linalg.norm(layer.captured_gradient - expected) / torch.linalg.norm(expected)
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("switches", [0, 2])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_captured_gradient_equals_dense_gradient(switches, micro_batches, checkpointing, offload):
+    model = get_peft_model(tiny_llama(), loqt_config(offload_gradients=offload))
+    train_steps(model, switches)
+    dense = merged_dense_copy(model)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    model.train()
+    assert model.begin_step(switches)
+    for i in range(micro_batches):
+        tokens = token_batch(100 + i)
+        for m in (model, dense):
+            (m(input_ids=tokens, labels=tokens).loss / micro_batches).backward()
+    assert_captured_equals_dense(model, dense, 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.01)])
+def test_captured_gradient_under_autocast(dtype, tolerance):
+    model = get_peft_model(tiny_llama(), loqt_config())
+    train_steps(model, 1)
+    dense = merged_dense_copy(model)
+    model.train()
+    model.begin_step(1)
+    tokens = token_batch(7)
+    with torch.autocast("cpu", dtype=dtype):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    dense(input_ids=tokens, labels=tokens).loss.backward()
+    assert_captured_equals_dense(model, dense, tolerance)
+
+
+def test_capture_leaves_the_gradient_of_b_bit_identical():
+    model = get_peft_model(tiny_llama(), loqt_config())
+    train_steps(model, 1)
+    tokens, gradients = token_batch(7), []
+    model.train()
+    for capture in (True, False):
+        if capture:
+            model.begin_step(1)
+        else:
+            model.cancel_step()
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append([layer.loqt_B["default"].grad.clone() for _, layer in loqt_layers(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_modules_that_run_several_times(micro_batches):
+    # DeBERTa sends its relative position embeddings through the same query and key projections
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    base = DebertaV2ForSequenceClassification(config)
+    model = get_peft_model(base, loqt_config(task_type="SEQ_CLS"))
+    layers = dict(loqt_layers(model.base_model.model))
+    assert any(name.endswith("query_proj") for name in layers) and "classifier" not in layers
+    dense = copy.deepcopy(model)
+    for _, layer in loqt_layers(dense):
+        layer.base_layer.weight.requires_grad_(True)
+    model.begin_step(0)
+    for i in range(micro_batches):
+        tokens, labels = token_batch(i), torch.tensor([0, 1, 0, 1])
+        for m in (model, dense):
+            m.train()
+            (m(input_ids=tokens, labels=labels).loss / micro_batches).backward()
+    # before the first switch the base layer is the dense weight, and autograd sums over its calls
+    assert_captured_equals_dense(
+        model, dense.base_model.model, 1e-5, dense_weight=lambda module: module.base_layer.weight
+    )
+
+
+def test_conv1d_layout():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+    )
+    model = get_peft_model(base, loqt_config())
+    assert len(list(loqt_layers(model))) == 8
+    before = model(token_batch()).logits
+    train_steps(model, 3)
+    assert not torch.allclose(model(token_batch()).logits, before)
+    dense = merged_dense_copy(model)
+    assert torch.allclose(dense(token_batch()).logits, model(token_batch()).logits, atol=1e-5)
+    model.begin_step(3)
+    model.train()
+    dense.train()
+    tokens = token_batch(7)
+    for m in (model, dense):
+        m(input_ids=tokens, labels=tokens).loss.backward()
+    assert_captured_equals_dense(model, dense, 1e-5)
+
+
+def test_evaluation_leaves_the_capture_alone():
+    model = get_peft_model(tiny_llama(), loqt_config())
+    model.train()
+    model.begin_step(0)
+    tokens = token_batch(7)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    captured = [layer.captured_gradient.clone() for _, layer in loqt_layers(model)]
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=token_batch(8))
+    model(input_ids=tokens, labels=tokens)
+    for before, (_, layer) in zip(captured, loqt_layers(model)):
+        assert torch.equal(before, layer.captured_gradient)
+
+
+def test_partial_gradient_of_an_unfinished_step_is_dropped():
+    def gradient(unfinished):
+        model = get_peft_model(tiny_llama(), loqt_config(update_interval=5))
+        model.train()
+        if unfinished:
+            model.begin_step(0)
+            model(input_ids=token_batch(1), labels=token_batch(1)).loss.backward()
+        model.begin_step(5)
+        model(input_ids=token_batch(2), labels=token_batch(2)).loss.backward()
+        return [layer.captured_gradient for _, layer in loqt_layers(model)]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradient(False), gradient(True)))
+
+
+def test_non_finite_gradient_postpones_the_update_and_changes_nothing():
+    model = get_peft_model(tiny_llama(), loqt_config(update_interval=10))
+    train_steps(model, 1)
+    state = {k: v.clone() for k, v in model.state_dict().items() if "loqt" in k and "state" not in k}
+    model.train()
+    model.begin_step(10)
+    loss = model(input_ids=token_batch(1), labels=token_batch(1)).loss * float("inf")
+    loss.backward()
+    with pytest.warns(UserWarning, match="postponed"):
+        assert model.end_step() is None
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    model.zero_grad()
+    # still pending, and said once only
+    assert model.begin_step(11)
+    (model(input_ids=token_batch(1), labels=token_batch(1)).loss * float("inf")).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.end_step() is None
+    model.zero_grad()
+    assert model.begin_step(12)
+    model(input_ids=token_batch(1), labels=token_batch(1)).loss.backward()
+    assert model.end_step().num_updates == 2
+    assert not model.begin_step(13)
+
+
+def test_zero_gradient_keeps_p_warns_once_and_merges():
+    class TwoPaths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.expert = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.use_expert = True
+
+        def forward(self, x):
+            return self.used(x) + (self.expert(x) if self.use_expert else 0)
+
+    base = TwoPaths()
+    model = get_peft_model(base, loqt_config(r=4, task_type=None, target_modules=["used", "expert"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+    def step(i):
+        model.begin_step(i)
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        update = model.end_step(optimizer)
+        optimizer.zero_grad()
+        return update
+
+    step(0)
+    base.use_expert = False
+    P, weight = base.expert.projection("default").clone(), base.expert.effective_weight("default").clone()
+    with pytest.warns(UserWarning, match="expert is zero"):
+        update = step(1)
+    assert torch.equal(base.expert.projection("default"), P)
+    assert base.expert.num_updates("default") == update.num_updates == 2
+    moved = torch.linalg.norm(base.expert.effective_weight("default") - weight) / torch.linalg.norm(weight)
+    assert moved <= 0.15
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(2)
+
+
+def test_missing_updates_are_noticed():
+    model = get_peft_model(tiny_llama(), LoQTConfig(r=4, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    tokens = token_batch()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="still empty after the first training step"):
+        model(input_ids=tokens, labels=tokens)

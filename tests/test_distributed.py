@@ -1,0 +1,35 @@
+"""Two processes with gloo, started as a user would start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def run(output_dir, processes, batch_size, accumulation, offload):
+    output_dir.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:
+        launcher = [sys.executable]
+    command = [*launcher, "ddp_worker.py", str(output_dir), str(batch_size), str(accumulation), offload]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [load_file(output_dir / f"rank{rank}.safetensors") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("accumulation, offload", [(1, "keep"), (2, "offload")])
+def test_processes_end_with_the_same_bits_and_the_global_gradient(tmp_path, accumulation, offload):
+    first, second = run(tmp_path / "two", 2, 4, accumulation, offload)
+    assert any("loqt_weight" in key for key in first)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+    (alone,) = run(tmp_path / "one", 1, 8, accumulation, offload)
+    gradients = [key for key in alone if key.startswith("gradient.")]
+    assert len(gradients) == 14
+    for key in gradients:
+        assert torch.linalg.norm(first[key] - alone[key]) <= 1e-5 * torch.linalg.norm(alone[key])

@@ -1,0 +1,139 @@
+"""The layer against the slow reference, and against GaLore."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import single_linear
+from peft import get_peft_model
+from reference import ReferenceLinear, top_singular_vectors
+from torch import nn
+
+from loqt_peft import LoQTConfig
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])
+@pytest.mark.parametrize(
+    "quantize_weight, quantize_projection, double_quant",
+    [("nf4", "nf4", False), ("nf4", "nf4", True), ("fp4", None, False), (None, "nf4", False), (None, None, False)],
+)
+@pytest.mark.parametrize("K", [0, 5])
+def test_layer_follows_the_reference_through_switches(shape, quantize_weight, quantize_projection, double_quant, K):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    kwargs = dict(quantize_weight=quantize_weight, quantize_projection=quantize_projection, double_quant=double_quant)
+    reference = ReferenceLinear(W, 8, 0.5, K, **kwargs)
+    model, layer = single_linear(W, loqt_alpha=0.5, compensation_steps=K, update_interval=4, **kwargs)
+    target = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+
+    optimizers = [torch.optim.AdamW([p], lr=1e-2) for p in (reference.B, layer.loqt_B["default"])]
+    for step in range(10):
+        # a spectrum with gaps: where singular values are close, rounding decides on the vectors
+        x = torch.randn(256, shape[1], generator=generator) * 0.85 ** torch.arange(shape[1])
+        due = model.begin_step(step)
+        assert due == (step in (0, 4, 8))
+
+        weight = reference.weight()
+        weight.retain_grad()
+        F.mse_loss(x @ weight.T, x @ target.T).backward()
+        F.mse_loss(model(x), x @ target.T).backward()
+        assert torch.allclose(layer.loqt_B["default"].grad, reference.B.grad, rtol=1e-3, atol=1e-7)
+
+        for optimizer in optimizers:
+            optimizer.step()
+        if due:
+            reference.switch(weight.grad)
+        assert (model.end_step(optimizers[1]) is not None) == due
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+        expected, actual = reference.weight().detach(), layer.effective_weight("default")
+        assert torch.linalg.norm(actual - expected) <= 1e-5 * torch.linalg.norm(expected)
+        if due:
+            # Both are right by now. Rounding to 4 bits turns their last bits into whole levels at the next switch, so they
+            # go on from the same one.
+            reference.synchronize(layer)
+        expected, actual = reference.forward(x).detach(), model(x).detach()
+        assert torch.linalg.norm(actual - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_b_under_a_constant_projection_is_galore(optimizer_class):
+    # Paper §3.2: with W dense and P fixed, stepping B on PB moves W as GaLore's projected optimizer does.
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 16, bias=False))
+    config = LoQTConfig(
+        r=4,
+        loqt_alpha=1.0,
+        target_modules=["0", "2"],
+        quantize_weight=None,
+        quantize_projection=None,
+        projection="svd",
+        update_interval=1000,
+    )
+    model = get_peft_model(nn.Sequential(*(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 16, bias=False))), config)
+    layers = [model.base_model.model[0], model.base_model.model[2]]
+    weights = [dense[0].weight, dense[2].weight]
+    with torch.no_grad():
+        for layer, weight in zip(layers, weights):
+            layer.base_layer.weight.copy_(weight)
+
+    def batch():
+        x = torch.randn(32, 24)
+        return x, torch.sin(x[:, :16] * 3)
+
+    # step 0 gives P to both
+    x, y = batch()
+    model.begin_step(0)
+    F.mse_loss(model(x), y).backward()
+    model.end_step()
+    model.zero_grad()
+    F.mse_loss(dense(x), y).backward()
+    projections = [top_singular_vectors(weight.grad, 4) for weight in weights]
+    dense.zero_grad()
+
+    lr = 0.1 if optimizer_class is torch.optim.SGD else 1e-2
+    compact = [nn.Parameter(torch.zeros_like(layer.loqt_B["default"])) for layer in layers]
+    galore = optimizer_class(compact, lr=lr, weight_decay=0)
+    loqt = optimizer_class([layer.loqt_B["default"] for layer in layers], lr=lr, weight_decay=0)
+    for step in range(1, 21):
+        x, y = batch()
+        assert not model.begin_step(step)
+        F.mse_loss(model(x), y).backward()
+        loqt.step()
+        loqt.zero_grad()
+
+        F.mse_loss(dense(x), y).backward()
+        before = [p.detach().clone() for p in compact]
+        for p, weight, P in zip(compact, weights, projections):
+            p.grad = weight.grad @ P.T if weight.shape[0] >= weight.shape[1] else P.T @ weight.grad
+        galore.step()
+        with torch.no_grad():
+            for p, old, weight, P in zip(compact, before, weights, projections):
+                change = p - old
+                weight += change @ P if weight.shape[0] >= weight.shape[1] else P @ change
+        dense.zero_grad()
+
+    for layer, weight in zip(layers, weights):
+        learned = torch.linalg.norm(layer.low_rank_weight("default"))
+        assert learned > 0
+        assert torch.linalg.norm(layer.effective_weight("default") - weight) <= 1e-4 * learned
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_outputs_move_by_the_reported_quantization_error(shape):
+    torch.manual_seed(0)
+    W = torch.randn(shape) / 8
+    model, layer = single_linear(W)
+    for step in range(3):
+        x = torch.randn(32, shape[1])
+        before_weight, before = layer.effective_weight("default"), model(x).detach()
+        model.begin_step(step)
+        model(x).square().mean().backward()
+        # no optimizer step: whatever moves the weight now is the switch
+        update = model.end_step()
+        model.zero_grad()
+        moved = torch.linalg.norm(layer.effective_weight("default") - before_weight)
+        reported = update.quantization_error_after * torch.linalg.norm(before_weight)
+        assert torch.allclose(moved, reported, rtol=1e-4)
+        assert torch.linalg.norm(model(x) - before) <= reported * torch.linalg.matrix_norm(x, 2) * (1 + 1e-4)
+        assert update.quantization_error_after <= update.quantization_error_before

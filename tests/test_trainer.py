@@ -1,0 +1,343 @@
+"""The callback in the stock Trainer."""
+
+import types
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
+
+from loqt_peft import LoQTConfig, LoQTTrainerCallback
+from loqt_peft.update import loqt_layers
+
+
+LOGGED = {
+    "loqt/updates",
+    "loqt/merged_change",
+    "loqt/quantization_error_before",
+    "loqt/quantization_error_after",
+    "loqt/gradient_energy",
+    "loqt/seconds",
+}
+
+
+def loqt_model(**kwargs):
+    return get_peft_model(tiny_llama(), loqt_config(**kwargs))
+
+
+def adapter_state(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if "loqt" in k}
+
+
+def updates_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loqt/updates" in entry]
+
+
+def test_updates_happen_on_schedule_and_are_logged(tmp_path, capsys):
+    model = loqt_model(update_interval=3, interval_schedule="exponential", interval_growth=2.0)
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        [LoQTTrainerCallback()],
+        max_steps=14,
+        logging_steps=4,
+        report_to="tensorboard",
+    )
+    trainer.train()
+    entries = updates_of(trainer)
+    # T = 0, 4, 9; an update of step t is logged when step t + 1 begins to count
+    assert [entry["step"] for entry in entries] == [1, 5, 10]
+    assert [entry["loqt/updates"] for entry in entries] == [1, 2, 3]
+    assert all(LOGGED <= set(entry) for entry in entries)
+    assert all(entry["loqt/quantization_error_after"] < entry["loqt/quantization_error_before"] for entry in entries)
+    assert all(0 < entry["loqt/gradient_energy"] <= 1 for entry in entries)
+    assert entries[0]["loqt/merged_change"] == 0 < entries[1]["loqt/merged_change"]
+    # the Trainer's own logs are still there, on steps with an update too
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [4, 8, 12]
+
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*"))))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loqt/gradient_energy")] == [1, 5, 10]
+    assert "LoQT: 14 layers, rank 8" in capsys.readouterr().out
+
+
+def test_trainer_equals_a_hand_written_loop(tmp_path):
+    kwargs = dict(max_grad_norm=0.0, lr_scheduler_type="constant", max_steps=5)
+    # unquantized, so that the last bits, which differ with torch's fused AdamW, stay last bits
+    config = dict(update_interval=2, quantize_weight=None, quantize_projection=None)
+    trained = loqt_model(**config)
+    trainer = make_trainer(trained, tmp_path, [LoQTTrainerCallback()], **kwargs)
+    trainer.train()
+
+    written = loqt_model(**config)
+    other = make_trainer(written, tmp_path, **kwargs)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in written.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    torch.manual_seed(other.args.seed)
+    model, optimizer, batches = accelerator.prepare(written, optimizer, other.get_train_dataloader())
+    model.train()
+    for step, batch in zip(range(5), batches):
+        written.begin_step(step)
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        written.end_step(optimizer)
+        optimizer.zero_grad()
+
+    for (_, expected), (_, actual) in zip(loqt_layers(written), loqt_layers(trained)):
+        expected, actual = expected.effective_weight("default"), actual.effective_weight("default")
+        assert torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    # 10 batches of an epoch make windows of 4, 4 and 2: the last one is short
+    def train(**kwargs):
+        model = loqt_model(quantize_weight=None, quantize_projection=None, update_interval=2)
+        trainer = make_trainer(
+            model,
+            tmp_path,
+            [LoQTTrainerCallback()],
+            dataset=TokenDataset(size=40),
+            max_steps=-1,
+            num_train_epochs=1,
+            max_grad_norm=0.0,
+            **kwargs,
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        return [layer.effective_weight("default") for _, layer in loqt_layers(model)]
+
+    large = train(per_device_train_batch_size=16)
+    accumulated = train(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    for a, b in zip(large, accumulated):
+        assert torch.linalg.norm(a - b) <= 1e-4 * torch.linalg.norm(a)
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path):
+    states = []
+    for evaluate in (False, True):
+        model = loqt_model(update_interval=2)
+        trainer = make_trainer(
+            model,
+            tmp_path,
+            [LoQTTrainerCallback()],
+            eval_dataset=TokenDataset(size=8, seed=1),
+            max_steps=5,
+            eval_strategy="steps" if evaluate else "no",
+            eval_steps=1,
+        )
+        trainer.train()
+        states.append(adapter_state(model))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class StopMidWindow(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            control.should_training_stop = True
+
+
+def test_stop_in_the_middle_of_a_window_drops_the_partial_gradient(tmp_path):
+    model = loqt_model(update_interval=2)
+    trainer = make_trainer(
+        model, tmp_path, [LoQTTrainerCallback(), StopMidWindow()], gradient_accumulation_steps=3, max_steps=6
+    )
+    trainer.train()
+    assert all(layer.captured_gradient is None for _, layer in loqt_layers(model))
+    assert trainer.train().global_step >= 2
+
+
+class SkippedOptimizer(torch.optim.AdamW):
+    """Reports its third step as skipped by the fp16 scaler, as accelerate's wrapper does."""
+
+    steps = 0
+    step_was_skipped = False
+
+    def step(self, closure=None):
+        self.steps += 1
+        self.step_was_skipped = self.steps == 3
+        if not self.step_was_skipped:
+            super().step(closure)
+
+
+def test_skipped_optimizer_step_postpones_the_update():
+    model = loqt_model(update_interval=2)
+    optimizer = SkippedOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    done = []
+    for step in range(6):
+        model.begin_step(step)
+        model(input_ids=token_batch(step), labels=token_batch(step)).loss.backward()
+        optimizer.step()
+        before = adapter_state(model)
+        if (update := model.end_step(optimizer)) is not None:
+            done.append((step, update.num_updates))
+        elif step == 2:
+            after = adapter_state(model)
+            assert all(torch.equal(before[k], after[k]) for k in before if "loqt_state" not in k)
+        optimizer.zero_grad()
+    assert done == [(0, 1), (3, 2), (4, 3)]
+
+
+def test_postponed_update_survives_a_checkpoint(tmp_path):
+    model = loqt_model(update_interval=5)
+    model.train()
+    model.begin_step(5)
+    (model(input_ids=token_batch(), labels=token_batch()).loss * float("nan")).backward()
+    with pytest.warns(UserWarning, match="postponed"):
+        model.end_step()
+    model.save_pretrained(tmp_path)
+    resumed = loqt_model(update_interval=5)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert resumed.begin_step(6)
+
+
+def test_resume_is_bit_identical(tmp_path):
+    def train(resume=None, **kwargs):
+        model = loqt_model(update_interval=3, full_rank_modules="all", optimizer_state="rotate")
+        trainer = make_trainer(
+            model, tmp_path / "run", [LoQTTrainerCallback()], max_steps=8, save_strategy="steps", save_steps=5, **kwargs
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    straight = {key: value.clone() for key, value in train().items()}
+    resumed = train(str(tmp_path / "run" / "checkpoint-5"))
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset", "rotate"])
+def test_optimizer_state_at_a_switch(optimizer_state):
+    model = loqt_model(optimizer_state=optimizer_state, update_interval=3)
+    layer = next(layer for _, layer in loqt_layers(model))
+    B = layer.loqt_B["default"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for step in range(4):
+        model.begin_step(step)
+        model(input_ids=token_batch(step), labels=token_batch(step)).loss.backward()
+        optimizer.step()
+        P_old = layer.projection("default")
+        moment, second = (optimizer.state[B][key].clone() for key in ("exp_avg", "exp_avg_sq"))
+        model.end_step(optimizer)
+        optimizer.zero_grad()
+    assert layer.loqt_B["default"] is B
+    if optimizer_state == "reset":
+        assert B not in optimizer.state
+        return
+    P_new = layer.projection("default")
+    expected = moment if optimizer_state == "keep" else moment @ P_old @ P_new.T
+    assert moment.abs().max() > 0
+    assert torch.allclose(optimizer.state[B]["exp_avg"], expected, rtol=1e-4, atol=1e-8)
+    assert torch.equal(optimizer.state[B]["exp_avg_sq"], second)
+
+
+def test_rotation_is_the_identity_when_p_stays():
+    model = loqt_model(optimizer_state="rotate", update_interval=3, quantize_projection=None)
+    layer = next(layer for _, layer in loqt_layers(model))
+    P = layer.projection("default")
+    assert P.abs().max() == 0
+    model.begin_step(0)
+    model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    model.end_step()
+    P = layer.projection("default")
+    assert torch.allclose(P @ P.T, torch.eye(8), atol=1e-5)
+
+
+###############################
+# Refusals
+###############################
+
+
+def begin(model, callbacks=None, optimizer=None, **kwargs):
+    trainer = make_trainer(model, "unused", callbacks or [LoQTTrainerCallback()], **kwargs)
+    if optimizer is not None:
+        trainer.optimizer = optimizer
+    trainer.train()
+
+
+def test_model_without_loqt_is_refused():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="no LoQT layers"):
+        begin(model)
+
+
+def test_adapter_that_does_not_train_is_refused():
+    model = get_peft_model(tiny_llama(), loqt_config(full_rank_modules="all"))
+    for _, layer in loqt_layers(model):
+        layer.loqt_B["default"].requires_grad_(False)
+    with pytest.raises(ValueError, match="active and trainable"):
+        begin(model)
+
+
+def test_two_callbacks_are_refused():
+    with pytest.raises(ValueError, match="two of them"):
+        begin(loqt_model(), [LoQTTrainerCallback(), LoQTTrainerCallback()])
+
+
+def test_optimizer_without_b_is_refused():
+    model = loqt_model(full_rank_modules="all")
+    optimizer = torch.optim.AdamW([model.get_base_model().get_input_embeddings().weight])
+    with pytest.raises(ValueError, match="does not hold B of 14 of 14"):
+        begin(model, optimizer=optimizer)
+
+
+def test_8bit_moments_cannot_be_rotated():
+    with pytest.raises(ValueError, match="optimizer_state='rotate'"):
+        begin(loqt_model(optimizer_state="rotate"), optim="adamw_bnb_8bit")
+
+
+def test_8bit_optimizer_trains(tmp_path):
+    model = loqt_model(optimizer_state="reset")
+    make_trainer(model, tmp_path, [LoQTTrainerCallback()], optim="adamw_bnb_8bit").train()
+    assert next(loqt_layers(model))[1].num_updates("default") == 4
+
+
+def test_data_parallel_is_refused():
+    args = types.SimpleNamespace(parallel_mode=ParallelMode.NOT_DISTRIBUTED, n_gpu=2)
+    with pytest.raises(ValueError, match="torchrun"):
+        LoQTTrainerCallback._check_setup(args, loqt_model(), None)
+
+
+@pytest.mark.parametrize(
+    "distributed_type", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM]
+)
+def test_sharded_training_is_refused(monkeypatch, distributed_type):
+    trainer = make_trainer(loqt_model(), "unused")
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", distributed_type)
+    with pytest.raises(ValueError, match=f"{distributed_type.value} is not supported"):
+        LoQTTrainerCallback._check_setup(trainer.args, trainer.model, None)
+
+
+def test_auto_find_batch_size_is_refused_after_a_switch(tmp_path):
+    model = loqt_model()
+    begin(model, max_steps=1)
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        begin(model, max_steps=1, auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, None])
+def test_steps_that_are_none(step):
+    with pytest.raises(ValueError, match="step="):
+        loqt_model().begin_step(step)
+
+
+def test_no_warning_in_a_healthy_run():
+    model = LoQTConfig(r=4, task_type="CAUSAL_LM", update_interval=2)
+    model = get_peft_model(tiny_llama(), model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            model.begin_step(step)
+            model(input_ids=token_batch(step), labels=token_batch(step)).loss.backward()
+            optimizer.step()
+            model.end_step(optimizer)
+            optimizer.zero_grad()
