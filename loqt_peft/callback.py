@@ -56,7 +56,13 @@ class LoQTTrainerCallback(TrainerCallback):
         self._update: LoQTUpdate | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
     ):
         self._check_setup(args, model, optimizer)
         if state.is_world_process_zero:
@@ -92,7 +98,9 @@ class LoQTTrainerCallback(TrainerCallback):
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights = sum(layer.out_features * layer.in_features for _, layer in layers)
-        others = sum(p.numel() for n, p in model.named_parameters() if ".base_layer.weight" not in n and "loqt_B" not in n)
+        others = sum(
+            p.numel() for n, p in model.named_parameters() if ".base_layer.weight" not in n and "loqt_B" not in n
+        )
         steps = layers[0][1].config[adapter_name].schedule.update_steps(state.max_steps, state.global_step)
         return (
             f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "

@@ -54,7 +54,8 @@ class LoQTConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to transform. Needs target_modules as a list of names."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, if it is not a common one. Needs layers_to_transform."}
+        default=None,
+        metadata={"help": "Name of the layer list, if it is not a common one. Needs layers_to_transform."},
     )
     quantize_weight: Literal["nf4", "fp4"] | None = field(
         default="nf4", metadata={"help": "Storage of W from the first switch on. None: dense (LoQT-nq)."}
@@ -97,13 +98,15 @@ class LoQTConfig(PeftConfig):
         },
     )
     offload_gradients: bool = field(
-        default=False, metadata={"help": "Keep the gradients of an update step on the CPU, one layer at a time on the device."}
+        default=False,
+        metadata={"help": "Keep the gradients of an update step on the CPU, one layer at a time on the device."},
     )
     init_weights: bool = field(
         default=True, metadata={"help": "False: a random adapter that is not the identity. For tests."}
     )
     num_updates: int = field(
-        default=0, metadata={"help": "Updates that the saved adapter has been through. Set by training, not by the user."}
+        default=0,
+        metadata={"help": "Updates that the saved adapter has been through. Set by training, not by the user."},
     )
 
     def __post_init__(self):
@@ -194,6 +197,4 @@ class LoQTConfig(PeftConfig):
     @property
     def schedule(self) -> UpdateSchedule:
         """Which optimizer steps are update steps."""
-        return UpdateSchedule(
-            self.update_interval, self.interval_schedule, self.interval_growth, self.max_interval
-        )
+        return UpdateSchedule(self.update_interval, self.interval_schedule, self.interval_growth, self.max_interval)

@@ -247,7 +247,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def _base_weight(self) -> torch.Tensor:
         """The original base weight, float32 `[out, in]`, on the device of the computation."""
-        self._require_base("This")
+        self._require_base("The change of the original weights")
         base_layer = self.get_base_layer()
         merged = base_layer.weight
         if self._unmerged:
@@ -641,7 +641,7 @@ class Linear(LoQTLayer, nn.Module):
     def unmerge(self) -> None:
         """Put the base weight from before `merge` back, bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.get_base_layer().weight = self._unmerged[0]
         self._unmerged = ()

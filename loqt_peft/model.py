@@ -52,7 +52,9 @@ def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.P
     for module_name in wanted:
         keys = [n for n, _ in model.named_modules() if n == module_name or n.endswith(f".{module_name}")]
         if not keys:
-            raise ValueError(f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name.")
+            raise ValueError(
+                f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name."
+            )
         for key in keys:
             for name, parameter in model.get_submodule(key).named_parameters(prefix=key):
                 if owner(name) is not None:
@@ -138,7 +140,9 @@ class LoQTModel(BaseTuner):
                         "the original base weights."
                     )
             if sum(bool(other.full_rank_modules) for other in self.peft_config.values()) > 1:
-                raise ValueError("full_rank_modules is allowed for one adapter only: it trains the base model in place.")
+                raise ValueError(
+                    "full_rank_modules is allowed for one adapter only: it trains the base model in place."
+                )
 
     def _create_and_replace(
         self,

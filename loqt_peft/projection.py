@@ -67,7 +67,9 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
         ValueError: If `r` or `method` is out of range.
     """
     if not 0 < r <= min(gradient.shape):
-        raise ValueError(f"r={r} is not allowed for a gradient of shape {tuple(gradient.shape)}: 1 to its smaller side.")
+        raise ValueError(
+            f"r={r} is not allowed for a gradient of shape {tuple(gradient.shape)}: 1 to its smaller side."
+        )
     right = is_right(gradient.shape)
     # one orientation from here on: the smaller side is the second one
     G = (gradient if right else gradient.T).float()

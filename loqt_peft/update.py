@@ -77,15 +77,6 @@ def active_layers(model: nn.Module) -> tuple[str | None, list[tuple[str, LoQTLay
     return next(iter(found.items()), (None, []))
 
 
-def is_update_due(model: nn.Module, step: int) -> bool:
-    """Whether `step` is an update step, or an update waits that was postponed."""
-    adapter_name, layers = active_layers(model)
-    if adapter_name is None:
-        return False
-    layer = layers[0][1]
-    return layer.config[adapter_name].schedule.is_update_step(step) or layer.update_pending(adapter_name)
-
-
 def begin_step(model: nn.Module, step: int) -> bool:
     """Before the first forward pass of an optimizer step: capture gradients if an update is due.
 
@@ -94,10 +85,10 @@ def begin_step(model: nn.Module, step: int) -> bool:
         step (`int`): Number of optimizer steps already taken, as the Trainer's `global_step`.
 
     Returns:
-        `bool`: Whether the step is an update step.
+        `bool`: Whether the step is an update step, by the schedule or because the last update was postponed.
 
     Raises:
-        ValueError: If `step` is not a non-negative integer, or no LoQT adapter trains.
+        ValueError: If `step` is not a non-negative integer, or no LoQT adapter trains, or it is merged.
     """
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r} is not allowed: the number of optimizer steps already taken.")
@@ -106,7 +97,10 @@ def begin_step(model: nn.Module, step: int) -> bool:
     adapter_name, layers = active_layers(model)
     if adapter_name is None:
         raise ValueError("No LoQT adapter of this model is active and trainable.")
-    if not is_update_due(model, step):
+    if any(layer.merged for _, layer in layers):
+        raise ValueError(f"Adapter {adapter_name!r} is merged and does not train. Call `model.unmerge_adapter()` first.")
+    first = layers[0][1]
+    if not (first.config[adapter_name].schedule.is_update_step(step) or first.update_pending(adapter_name)):
         return False
     for _, layer in layers:
         layer.start_capture(layer.config[adapter_name].offload_gradients)
@@ -141,7 +135,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     start = time.perf_counter()
 
     skipped = bool(getattr(optimizer, "step_was_skipped", False))
-    broken = _non_finite_gradients(layers)
+    broken = _non_finite_gradients(layers, adapter_name)
     if skipped or broken:
         if broken and not skipped and not layers[0][1].update_pending(adapter_name):
             warnings.warn(
@@ -184,9 +178,9 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _non_finite_gradients(layers: list[tuple[str, LoQTLayer]]) -> int:
+def _non_finite_gradients(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     """Number of layers whose gradient is not finite, on any process."""
-    device = layers[0][1].loqt_P[next(iter(layers[0][1].loqt_P))].device
+    device = layers[0][1].loqt_P[adapter_name].device
     broken = torch.zeros(len(layers), device=device)
     for index, (_, layer) in enumerate(layers):
         if layer.captured_gradient is not None:

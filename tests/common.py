@@ -13,15 +13,15 @@ VOCABULARY = 64
 
 def tiny_llama(seed=0, **kwargs):
     torch.manual_seed(seed)
-    config = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**config, **kwargs}))
 
 
@@ -40,9 +40,13 @@ def load_llama(path, base, dtype=torch.float32):
 
 def loqt_config(**kwargs):
     """Every step is an update step, unless told otherwise."""
-    defaults = dict(
-        r=8, update_interval=1, interval_schedule="constant", projection="svd", task_type="CAUSAL_LM"
-    )
+    defaults = {
+        "r": 8,
+        "update_interval": 1,
+        "interval_schedule": "constant",
+        "projection": "svd",
+        "task_type": "CAUSAL_LM",
+    }
     return LoQTConfig(**{**defaults, **kwargs})
 
 
@@ -79,17 +83,17 @@ def train_steps(model, steps, lr=1e-2, start=0, seed=0):
 
 
 def make_trainer(model, output_dir, callbacks=(), dataset=None, eval_dataset=None, **kwargs):
-    defaults = dict(
-        output_dir=str(output_dir),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 100,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     args = TrainingArguments(**{**defaults, **kwargs})
     return Trainer(
         model, args, train_dataset=dataset or TokenDataset(), eval_dataset=eval_dataset, callbacks=list(callbacks)

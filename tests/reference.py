@@ -12,9 +12,7 @@ def quantize_dequantize(X, quant_type, double_quant=False):
     """What X `[rows, columns]` is after a trip through 4 bits; X itself if `quant_type` is None."""
     if quant_type is None:
         return X.clone()
-    codes, state = quantize_4bit(
-        X.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double_quant
-    )
+    codes, state = quantize_4bit(X.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
     return dequantize_4bit(codes, state)
 
 

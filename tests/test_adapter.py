@@ -42,7 +42,9 @@ def logits(model, seed=99):
     ],
 )
 def test_round_trip_is_exact(base_dir, tmp_path, base, switches, double_quant, quantize_weight, dtype):
-    config = loqt_config(double_quant=double_quant, quantize_weight=quantize_weight, full_rank_modules=["embed_tokens"])
+    config = loqt_config(
+        double_quant=double_quant, quantize_weight=quantize_weight, full_rank_modules=["embed_tokens"]
+    )
     model = get_peft_model(load_llama(base_dir, base, dtype), config)
     train_steps(model, switches)
     expected = logits(model)
@@ -79,7 +81,7 @@ def test_loading_into_a_model_that_drifted_otherwise(base_dir, tmp_path, saved_s
     live.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.equal(logits(live), expected)
     # an optimizer that holds them goes on holding them
-    assert all(B is layer.loqt_B["default"] for B, (_, layer) in zip(Bs, loqt_layers(live)))
+    assert all(B is layer.loqt_B["default"] for B, (_, layer) in zip(Bs, loqt_layers(live), strict=True))
 
     whole = get_peft_model(load_llama(base_dir, "dense"), loqt_config())
     train_steps(whole, live_switches, seed=50)
@@ -133,7 +135,9 @@ def test_full_rank_modules_refuse_what_needs_the_original(base_dir):
 @pytest.mark.parametrize("switches", [0, 3])
 @pytest.mark.parametrize("retain_base", ["cpu", "drop"])
 def test_merge_and_unload_is_a_dense_model_for_plain_transformers(base_dir, tmp_path, base, switches, retain_base):
-    model = get_peft_model(load_llama(base_dir, base), loqt_config(full_rank_modules=["norm"], retain_base=retain_base))
+    model = get_peft_model(
+        load_llama(base_dir, base), loqt_config(full_rank_modules=["norm"], retain_base=retain_base)
+    )
     train_steps(model, switches)
     expected = logits(model)
     merged = model.merge_and_unload()
@@ -177,7 +181,9 @@ def test_several_adapters_are_changes_of_the_same_base(base_dir):
     }
     dense = load_llama(base_dir, "dense")
     with torch.no_grad():
-        for (name, _), a, b in zip(loqt_layers(model.base_model.model), deltas["default"], deltas["second"]):
+        for (name, _), a, b in zip(
+            loqt_layers(model.base_model.model), deltas["default"], deltas["second"], strict=True
+        ):
             dense.get_submodule(name).weight += a + b
     model.base_model.set_adapter(["default", "second"])
     assert torch.allclose(logits(model), logits(dense), atol=1e-4)
@@ -230,7 +236,7 @@ def test_gradient_of_a_4bit_base_that_was_repacked_for_the_cpu(base_dir):
     for layer in layers:
         weight = layer.base_layer.weight
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    for layer, weight in zip(layers, expected):
+    for layer, weight in zip(layers, expected, strict=True):
         # it rounds the absmax to bfloat16 on the way
         assert torch.allclose(layer.effective_weight("default"), weight, rtol=2**-8)
     train_steps(model, 1)

@@ -74,7 +74,7 @@ def test_capture_leaves_the_gradient_of_b_bit_identical():
         model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append([layer.loqt_B["default"].grad.clone() for _, layer in loqt_layers(model)])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -118,7 +118,9 @@ def test_modules_that_run_several_times(micro_batches):
 def test_conv1d_layout():
     torch.manual_seed(0)
     base = GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+        GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
+        )
     )
     model = get_peft_model(base, loqt_config())
     assert len(list(loqt_layers(model))) == 8
@@ -147,7 +149,7 @@ def test_evaluation_leaves_the_capture_alone():
     with torch.no_grad():
         model(input_ids=token_batch(8))
     model(input_ids=tokens, labels=tokens)
-    for before, (_, layer) in zip(captured, loqt_layers(model)):
+    for before, (_, layer) in zip(captured, loqt_layers(model), strict=True):
         assert torch.equal(before, layer.captured_gradient)
 
 
@@ -162,7 +164,7 @@ def test_partial_gradient_of_an_unfinished_step_is_dropped():
         model(input_ids=token_batch(2), labels=token_batch(2)).loss.backward()
         return [layer.captured_gradient for _, layer in loqt_layers(model)]
 
-    assert all(torch.equal(a, b) for a, b in zip(gradient(False), gradient(True)))
+    assert all(torch.equal(a, b) for a, b in zip(gradient(False), gradient(True), strict=True))
 
 
 def test_non_finite_gradient_postpones_the_update_and_changes_nothing():

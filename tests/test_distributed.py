@@ -17,7 +17,9 @@ def run(output_dir, processes, batch_size, accumulation, offload):
         launcher = [sys.executable]
     command = [*launcher, "ddp_worker.py", str(output_dir), str(batch_size), str(accumulation), offload]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return [load_file(output_dir / f"rank{rank}.safetensors") for rank in range(processes)]
 

@@ -20,7 +20,11 @@ from loqt_peft import LoQTConfig
 def test_layer_follows_the_reference_through_switches(shape, quantize_weight, quantize_projection, double_quant, K):
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-    kwargs = dict(quantize_weight=quantize_weight, quantize_projection=quantize_projection, double_quant=double_quant)
+    kwargs = {
+        "quantize_weight": quantize_weight,
+        "quantize_projection": quantize_projection,
+        "double_quant": double_quant,
+    }
     reference = ReferenceLinear(W, 8, 0.5, K, **kwargs)
     model, layer = single_linear(W, loqt_alpha=0.5, compensation_steps=K, update_interval=4, **kwargs)
     target = torch.randn(shape, generator=generator) / shape[1] ** 0.5
@@ -70,11 +74,13 @@ def test_training_b_under_a_constant_projection_is_galore(optimizer_class):
         projection="svd",
         update_interval=1000,
     )
-    model = get_peft_model(nn.Sequential(*(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 16, bias=False))), config)
+    model = get_peft_model(
+        nn.Sequential(*(nn.Linear(24, 40, bias=False), nn.Tanh(), nn.Linear(40, 16, bias=False))), config
+    )
     layers = [model.base_model.model[0], model.base_model.model[2]]
     weights = [dense[0].weight, dense[2].weight]
     with torch.no_grad():
-        for layer, weight in zip(layers, weights):
+        for layer, weight in zip(layers, weights, strict=True):
             layer.base_layer.weight.copy_(weight)
 
     def batch():
@@ -104,16 +110,16 @@ def test_training_b_under_a_constant_projection_is_galore(optimizer_class):
 
         F.mse_loss(dense(x), y).backward()
         before = [p.detach().clone() for p in compact]
-        for p, weight, P in zip(compact, weights, projections):
+        for p, weight, P in zip(compact, weights, projections, strict=True):
             p.grad = weight.grad @ P.T if weight.shape[0] >= weight.shape[1] else P.T @ weight.grad
         galore.step()
         with torch.no_grad():
-            for p, old, weight, P in zip(compact, before, weights, projections):
+            for p, old, weight, P in zip(compact, before, weights, projections, strict=True):
                 change = p - old
                 weight += change @ P if weight.shape[0] >= weight.shape[1] else P @ change
         dense.zero_grad()
 
-    for layer, weight in zip(layers, weights):
+    for layer, weight in zip(layers, weights, strict=True):
         learned = torch.linalg.norm(layer.low_rank_weight("default"))
         assert learned > 0
         assert torch.linalg.norm(layer.effective_weight("default") - weight) <= 1e-4 * learned

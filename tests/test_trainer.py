@@ -28,6 +28,11 @@ LOGGED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def loqt_model(**kwargs):
     return get_peft_model(tiny_llama(), loqt_config(**kwargs))
 
@@ -69,9 +74,9 @@ def test_updates_happen_on_schedule_and_are_logged(tmp_path, capsys):
 
 
 def test_trainer_equals_a_hand_written_loop(tmp_path):
-    kwargs = dict(max_grad_norm=0.0, lr_scheduler_type="constant", max_steps=5)
+    kwargs = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 5}
     # unquantized, so that the last bits, which differ with torch's fused AdamW, stay last bits
-    config = dict(update_interval=2, quantize_weight=None, quantize_projection=None)
+    config = {"update_interval": 2, "quantize_weight": None, "quantize_projection": None}
     trained = loqt_model(**config)
     trainer = make_trainer(trained, tmp_path, [LoQTTrainerCallback()], **kwargs)
     trainer.train()
@@ -83,14 +88,14 @@ def test_trainer_equals_a_hand_written_loop(tmp_path):
     torch.manual_seed(other.args.seed)
     model, optimizer, batches = accelerator.prepare(written, optimizer, other.get_train_dataloader())
     model.train()
-    for step, batch in zip(range(5), batches):
+    for step, batch in zip(range(5), batches, strict=False):
         written.begin_step(step)
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         written.end_step(optimizer)
         optimizer.zero_grad()
 
-    for (_, expected), (_, actual) in zip(loqt_layers(written), loqt_layers(trained)):
+    for (_, expected), (_, actual) in zip(loqt_layers(written), loqt_layers(trained), strict=True):
         expected, actual = expected.effective_weight("default"), actual.effective_weight("default")
         assert torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
 
@@ -115,7 +120,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
     large = train(per_device_train_batch_size=16)
     accumulated = train(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    for a, b in zip(large, accumulated):
+    for a, b in zip(large, accumulated, strict=True):
         assert torch.linalg.norm(a - b) <= 1e-4 * torch.linalg.norm(a)
 
 
@@ -202,7 +207,13 @@ def test_resume_is_bit_identical(tmp_path):
     def train(resume=None, **kwargs):
         model = loqt_model(update_interval=3, full_rank_modules="all", optimizer_state="rotate")
         trainer = make_trainer(
-            model, tmp_path / "run", [LoQTTrainerCallback()], max_steps=8, save_strategy="steps", save_steps=5, **kwargs
+            model,
+            tmp_path / "run",
+            [LoQTTrainerCallback()],
+            max_steps=8,
+            save_strategy="steps",
+            save_steps=5,
+            **kwargs,
         )
         trainer.train(resume_from_checkpoint=resume)
         return model.state_dict()

@@ -1,0 +1,168 @@
+"""Storage formats, projections and compensation on bare matrices."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from reference import top_singular_vectors
+
+from loqt_peft.compensation import compensate
+from loqt_peft.projection import captured_energy, expand, is_right, project, projection_shape, pseudo_inverse
+from loqt_peft.quantization import DenseFormat, FourBitFormat, storage_format
+
+
+SHAPES = [(64, 64), (48, 32), (7, 5), (3, 50), (300, 70), (1, 1)]
+
+
+###############################
+# Storage
+###############################
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_equals_bitsandbytes(shape, quant_type, double_quant, dtype):
+    matrix = torch.randn(shape).to(dtype)
+    storage = FourBitFormat(shape, quant_type, double_quant)
+    packed = storage.pack(matrix)
+    assert packed.dtype == torch.uint8 and packed.shape == (storage.nbytes,)
+    codes, state = quantize_4bit(matrix, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+    assert torch.equal(storage.unpack(packed, dtype), dequantize_4bit(codes, state))
+
+    x = torch.randn(4, shape[1], dtype=dtype, requires_grad=True)
+    bias = torch.randn(shape[0], dtype=dtype)
+    y = storage.linear(x, packed, bias)
+    expected = torch.nn.functional.linear(x.detach(), storage.unpack(packed, dtype), bias)
+    assert torch.allclose(y, expected, atol=2e-2 if dtype != torch.float32 else 1e-5)
+    y.sum().backward()
+    expected = torch.ones_like(y) @ storage.unpack(packed, dtype)
+    assert torch.allclose(x.grad, expected, atol=5e-2 if dtype != torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_empty_is_zero(shape, double_quant):
+    storage = FourBitFormat(shape, "nf4", double_quant)
+    assert not storage.unpack(storage.empty()).any()
+    assert not storage.unpack(storage.pack(torch.zeros(shape))).any()
+
+
+def test_size_is_what_4_bits_promise():
+    n = 1024 * 1024
+    assert FourBitFormat((1024, 1024)).nbytes == n // 2 + 4 * n // 64
+    assert FourBitFormat((1024, 1024), double_quant=True).nbytes == n // 2 + n // 64 + 4 * n // 64 // 256 + 16
+
+
+def test_dense_format():
+    matrix = torch.randn(6, 4)
+    storage = storage_format((6, 4), None, True, torch.bfloat16)
+    assert storage == DenseFormat((6, 4), torch.bfloat16)
+    packed = storage.pack(matrix)
+    assert torch.equal(storage.unpack(packed), matrix.to(torch.bfloat16).float())
+    # not a view of what it was made from
+    assert DenseFormat((6, 4)).pack(matrix).data_ptr() != matrix.data_ptr()
+
+
+###############################
+# Projection
+###############################
+
+
+def gradient_with_spectrum(shape, decay=0.8):
+    k = min(shape)
+    U, _ = torch.linalg.qr(torch.randn(shape[0], k))
+    V, _ = torch.linalg.qr(torch.randn(shape[1], k))
+    return U @ torch.diag(decay ** torch.arange(k)) @ V.T
+
+
+@pytest.mark.parametrize("method", ["svd", "eigh", "randomized"])
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)])
+@pytest.mark.parametrize("r", [1, 6, 32])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 65536.0])
+def test_projection_spans_the_leading_singular_vectors(method, shape, r, scale):
+    G = gradient_with_spectrum(shape)
+    P = project(scale * G, r, method)
+    right = is_right(shape)
+    assert P.shape == projection_shape(shape, r) and P.dtype == torch.float32
+    gram = P @ P.T if right else P.T @ P
+    assert torch.allclose(gram, torch.eye(r), atol=1e-5)
+    exact = top_singular_vectors(G, r)
+    overlap = (P @ exact.T if right else P.T @ exact).square().sum() / r
+    # eigenvalues below float32's resolution of the Gram matrix have arbitrary vectors
+    assert overlap > (1 - 1e-4 if r <= 6 else 0.98)
+    energy = captured_energy(G, P) / G.square().sum()
+    singular_values = torch.linalg.svdvals(G)
+    assert torch.allclose(energy, singular_values[:r].square().sum() / singular_values.square().sum(), atol=1e-4)
+
+
+def test_randomized_projection_leaves_the_random_state_alone_and_repeats():
+    G = torch.randn(40, 30)
+    before = torch.get_rng_state()
+    P = project(G, 5, "randomized")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert torch.equal(project(G, 5, "randomized"), P)
+
+
+def test_gradient_of_low_rank_still_gives_r_directions():
+    G = torch.randn(40, 2) @ torch.randn(2, 30)
+    for method in ("svd", "eigh", "randomized"):
+        P = project(G, 6, method)
+        assert torch.allclose(P @ P.T, torch.eye(6), atol=1e-4), method
+
+
+@pytest.mark.parametrize("r", [0, 31])
+def test_rank_out_of_range(r):
+    with pytest.raises(ValueError, match=f"r={r}"):
+        project(torch.randn(40, 30), r)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
+def test_pseudo_inverse_equals_pinv(shape):
+    right = shape[0] < shape[1]
+    P = FourBitFormat(shape).unpack(FourBitFormat(shape).pack(torch.randn(shape)))
+    assert torch.allclose(pseudo_inverse(P, right), torch.linalg.pinv(P), atol=1e-4)
+    # a direction that 4 bits have rounded away
+    if right:
+        P[3] = 0
+    else:
+        P[:, 3] = 0
+    assert torch.allclose(pseudo_inverse(P, right), torch.linalg.pinv(P), atol=1e-4)
+
+
+###############################
+# Compensation
+###############################
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_compensation_reports_the_error_that_it_leaves(shape, steps):
+    W, P = torch.randn(shape), project(torch.randn(shape), 12, "svd")
+    storage = FourBitFormat(shape)
+    result = compensate(W, P, storage, 0.5, steps)
+    approximation = storage.unpack(result.weight) + 0.5 * expand(P, result.B, is_right(shape))
+    assert torch.allclose(result.error_after, (W - approximation).square().sum(), rtol=1e-4)
+    assert torch.allclose(result.error_before, (W - storage.unpack(storage.pack(W))).square().sum(), rtol=1e-5)
+    assert result.error_after < result.error_before
+
+
+def test_more_iterations_never_end_worse():
+    W, P = torch.randn(64, 48), project(torch.randn(64, 48), 24, "svd")
+    errors = [compensate(W, P, FourBitFormat(W.shape), 0.5, steps).error_after.item() for steps in range(8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_no_steps_no_compensation():
+    W, P = torch.randn(64, 48), project(torch.randn(64, 48), 24, "svd")
+    result = compensate(W, P, FourBitFormat(W.shape), 0.5, 0)
+    assert not result.B.any() and result.error_after == result.error_before
+
+
+def test_rounding_to_16_bits_is_compensated_too():
+    W, P = torch.randn(64, 48), project(torch.randn(64, 48), 24, "svd")
+    result = compensate(W, P, DenseFormat((64, 48), torch.bfloat16), 0.5, 5)
+    assert 0 < result.error_after < result.error_before
+    exact = compensate(W, P, DenseFormat((64, 48), torch.float32), 0.5, 5)
+    assert exact.error_after == 0 and not exact.B.any()
