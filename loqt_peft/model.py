@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -119,11 +117,6 @@ class LoQTModel(BaseTuner):
     ###############################
     # Injection
     ###############################
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # training writes into the config, and the user may build another model with his
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:

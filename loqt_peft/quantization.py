@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import bitsandbytes as bnb
 import torch
@@ -162,10 +162,13 @@ class DenseFormat:
         return F.linear(x, packed.to(x.dtype), bias)
 
 
+# asked for in every forward pass
+@cache
 def storage_format(
     shape: tuple[int, int], quant_type: str | None, double_quant: bool, dtype: torch.dtype
 ) -> FourBitFormat | DenseFormat:
     """The format that a config asks for; `dtype` is that of a matrix which is not quantized."""
-    if quant_type is None:
+    # bitsandbytes takes codes of one byte for those of a transposed matrix
+    if quant_type is None or math.prod(shape) <= 2:
         return DenseFormat(shape, dtype)
     return FourBitFormat(shape, quant_type, double_quant)

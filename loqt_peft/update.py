@@ -5,6 +5,7 @@ Works on any module that holds LoQT layers, a `PeftModel` or a model with inject
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -67,8 +68,12 @@ def active_layers(model: nn.Module) -> tuple[str | None, list[tuple[str, LoQTLay
     Raises:
         ValueError: If several LoQT adapters train at once: their changes to W could not be told apart.
     """
+    return _active(list(loqt_layers(model)))
+
+
+def _active(layers: list[tuple[str, LoQTLayer]]) -> tuple[str | None, list[tuple[str, LoQTLayer]]]:
     found: dict[str, list[tuple[str, LoQTLayer]]] = {}
-    for name, layer in loqt_layers(model):
+    for name, layer in layers:
         for adapter_name in layer.active_adapters:
             if adapter_name in layer.loqt_B and layer.loqt_B[adapter_name].requires_grad:
                 found.setdefault(adapter_name, []).append((name, layer))
@@ -92,13 +97,17 @@ def begin_step(model: nn.Module, step: int) -> bool:
     """
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r} is not allowed: the number of optimizer steps already taken.")
+    layers = list(loqt_layers(model))
     # a step that was never finished left a partial gradient
-    cancel_step(model)
-    adapter_name, layers = active_layers(model)
+    for _, layer in layers:
+        layer.stop_capture()
+    adapter_name, layers = _active(layers)
     if adapter_name is None:
         raise ValueError("No LoQT adapter of this model is active and trainable.")
     if any(layer.merged for _, layer in layers):
-        raise ValueError(f"Adapter {adapter_name!r} is merged and does not train. Call `model.unmerge_adapter()` first.")
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged and does not train. Call `model.unmerge_adapter()` first."
+        )
     first = layers[0][1]
     if not (first.config[adapter_name].schedule.is_update_step(step) or first.update_pending(adapter_name)):
         return False
@@ -162,7 +171,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     _warn_without_gradient(model, without_gradient)
 
     num_updates = layers[0][1].num_updates(adapter_name)
-    config.num_updates = num_updates
+    _record_updates(model, adapter_name, num_updates)
     change, weight, before, after, captured, gradient = torch.stack(statistics).sum(0).tolist()
     return LoQTUpdate(
         num_updates=num_updates,
@@ -172,6 +181,17 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         gradient_energy=captured / gradient if gradient else 0.0,
         seconds=time.perf_counter() - start,
     )
+
+
+def _record_updates(model: nn.Module, adapter_name: str, num_updates: int) -> None:
+    # in a copy, since PEFT keeps the very config that the user passed, and he may build another model with it
+    layers = [layer for _, layer in loqt_layers(model) if adapter_name in layer.config]
+    config = copy.copy(layers[0].config[adapter_name])
+    config.num_updates = num_updates
+    for layer in layers:
+        layer.config[adapter_name] = config
+    if hasattr(model, "peft_config"):
+        model.peft_config[adapter_name] = config
 
 
 def _is_distributed() -> bool:

@@ -167,6 +167,16 @@ def test_partial_gradient_of_an_unfinished_step_is_dropped():
     assert all(torch.equal(a, b) for a, b in zip(gradient(False), gradient(True), strict=True))
 
 
+def test_unfinished_update_step_does_not_go_on_capturing():
+    model = get_peft_model(tiny_llama(), loqt_config(update_interval=5))
+    model.train()
+    assert model.begin_step(0)
+    assert not model.begin_step(1)
+    model(input_ids=token_batch(1), labels=token_batch(1)).loss.backward()
+    assert all(layer.captured_gradient is None for _, layer in loqt_layers(model))
+    assert model.end_step() is None
+
+
 def test_non_finite_gradient_postpones_the_update_and_changes_nothing():
     model = get_peft_model(tiny_llama(), loqt_config(update_interval=10))
     train_steps(model, 1)

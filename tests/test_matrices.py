@@ -148,8 +148,11 @@ def test_compensation_reports_the_error_that_it_leaves(shape, steps):
     assert result.error_after < result.error_before
 
 
-def test_more_iterations_never_end_worse():
-    W, P = torch.randn(64, 48), project(torch.randn(64, 48), 24, "svd")
+@pytest.mark.parametrize("seed", range(8))
+def test_more_iterations_never_end_worse(seed):
+    # few directions: most of these iterations go up and down
+    torch.manual_seed(seed)
+    W, P = torch.randn(32, 24), project(torch.randn(32, 24), 3, "svd")
     errors = [compensate(W, P, FourBitFormat(W.shape), 0.5, steps).error_after.item() for steps in range(8)]
     assert errors == sorted(errors, reverse=True)
 

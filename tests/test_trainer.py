@@ -100,6 +100,20 @@ def test_trainer_equals_a_hand_written_loop(tmp_path):
         assert torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
 
 
+def test_adapter_added_by_transformers_trains_too(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(loqt_config(update_interval=2))
+    make_trainer(model, tmp_path, [LoQTTrainerCallback()], max_steps=3).train()
+    assert all(layer.num_updates("default") == 2 for _, layer in loqt_layers(model))
+
+
+def test_merged_adapter_does_not_train():
+    model = loqt_model()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        model.begin_step(0)
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     # 10 batches of an epoch make windows of 4, 4 and 2: the last one is short
     def train(**kwargs):
