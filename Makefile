@@ -1,0 +1,38 @@
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make test`, `make lint`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+
+# No part of this needs the Hugging Face Hub, and a look-up of it may hang where there is no way out.
+export HF_HUB_OFFLINE ?= 1
+
+# Threads that spin while they wait slow each other down tenfold where the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt setuptools
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# DEMO_ARGS=--fast is the short form.
+demo: $(STAMP)
+	$(BIN)/python examples/pretraining/demo.py $(DEMO_ARGS)
+
+# One thread a worker: the tests' models are too small for more.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
