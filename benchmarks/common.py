@@ -1,0 +1,108 @@
+"""What the benchmarks share: the record of versions and machine, the LLaMA, the text, the output files."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "loqt_peft")
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def machine():
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def llama(hidden, layers, intermediate, vocabulary, heads=4, positions=512, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def token_blocks(path, vocabulary, length):
+    """Training and validation tokens of a text file, as two [blocks, length] tensors.
+
+    Every twentieth run of 100 lines is held out, so that validation covers the whole text and not only its end.
+    The BPE tokenizer sees the training part only.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    runs = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+    parts = {"train": [], "validation": []}
+    for i, run in enumerate(runs):
+        parts["validation" if i % 20 == 19 else "train"].append(run)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(parts["train"], vocab_size=vocabulary, show_progress=False)
+    blocks = []
+    for part in parts.values():
+        ids = torch.tensor([token for encoded in tokenizer.encode_batch(part) for token in encoded.ids])
+        blocks.append(ids[: len(ids) // length * length].view(-1, length))
+    return blocks
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Token blocks as the Trainer's dataset; labels are the inputs, shifted inside the model."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+
+def markdown_table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(note=""):
+    here = machine()
+    listed = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"{note}Machine: {here['processor']}, {here['cores']} cores. Versions: {listed}.\n"
+
+
+def write_json(name, result):
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps({**result, "versions": versions(), "machine": machine()}, indent=2) + "\n")
+
+
+def write_markdown(name, text):
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(text)

