@@ -94,7 +94,7 @@ class LoQTLayer(BaseTunerLayer):
         self._unmerged: tuple[Any, ...] = ()
         self.base_dropped = False
 
-        self._capturing = False
+        self.capturing = False
         self._offload_gradients = False
         self._gradient: torch.Tensor | None = None
 
@@ -178,7 +178,7 @@ class LoQTLayer(BaseTunerLayer):
             device = self.loqt_P[adapter_name].device
             self.loqt_weight[adapter_name] = self.weight_format(adapter_name).empty(device)
         elif not drifted and adapter_name in self.loqt_weight:
-            self._require_base("Loading a state from before the first switch")
+            self.require_base("Loading a state from before the first switch")
             del self.loqt_weight[adapter_name]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -197,13 +197,13 @@ class LoQTLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.loqt_B:
-            self._require_base("Deleting the adapter")
+            self.require_base("Deleting the adapter")
         super().delete_adapter(adapter_name)
         self._place_base()
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            self._require_base("Disabling the adapter")
+            self.require_base("Disabling the adapter")
         super().enable_adapters(enabled)
 
     ###############################
@@ -247,7 +247,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def _base_weight(self) -> torch.Tensor:
         """The original base weight, float32 `[out, in]`, on the device of the computation."""
-        self._require_base("The change of the original weights")
+        self.require_base("The change of the original weights")
         base_layer = self.get_base_layer()
         merged = base_layer.weight
         if self._unmerged:
@@ -308,7 +308,7 @@ class LoQTLayer(BaseTunerLayer):
             return weight.device
         return self.get_base_layer().weight.device
 
-    def _require_base(self, action: str) -> None:
+    def require_base(self, action: str) -> None:
         if self.base_dropped:
             raise ValueError(
                 f"{action} needs the original base weights, and they were dropped at the first switch "
@@ -346,7 +346,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def restore_base(self) -> None:
         """Bring the original base weight back to the device, for good."""
-        self._require_base("Unloading the adapter")
+        self.require_base("Unloading the adapter")
         self._move_base(self._compute_device())
 
     def _apply(self, fn, recurse=True):
@@ -366,14 +366,14 @@ class LoQTLayer(BaseTunerLayer):
         Args:
             offload (`bool`): Keep the gradient on the CPU.
         """
-        self._capturing = True
+        self.capturing = True
         self._offload_gradients = offload
         self._gradient = None
 
     def stop_capture(self) -> torch.Tensor | None:
         """Stop recording and hand over the gradient, float32 `[out, in]`; `None` if no backward pass came by."""
         gradient, self._gradient = self._gradient, None
-        self._capturing = False
+        self.capturing = False
         return gradient
 
     @property
@@ -460,7 +460,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def _warn_if_b_cannot_learn(self, adapter_name: str) -> None:
         # P is filled by the first switch; if the optimizer stepped B before that, nobody asks for switches
-        if self._capturing or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
+        if self.capturing or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
             return
         version = self.loqt_B[adapter_name]._version
         if self._b_versions.setdefault(adapter_name, version) not in (version, None):
@@ -504,7 +504,7 @@ class Linear(LoQTLayer, nn.Module):
             y = y + self._low_rank_forward(x, adapter_name)
         y = y.to(dtype)
         if self.training and torch.is_grad_enabled():
-            if self._capturing:
+            if self.capturing:
                 y = _GradientTap.apply(y, x, self)
             elif not torch.compiler.is_compiling():
                 for adapter_name in adapters:
@@ -513,7 +513,7 @@ class Linear(LoQTLayer, nn.Module):
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.merged:
-            self._require_base("The base model's output")
+            self.require_base("The base model's output")
         base_layer = self.get_base_layer()
         if torch.is_grad_enabled():
             self._undo_cpu_packing()

@@ -259,7 +259,7 @@ class LoQTModel(BaseTuner):
         # before PEFT takes the first piece out
         for _, layer in loqt_layers(self.model):
             if adapter_name in layer.loqt_B:
-                layer._require_base("Deleting the adapter")
+                layer.require_base("Deleting the adapter")
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:

@@ -138,7 +138,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         [`LoQTUpdate`] or `None`: The figures of the update, if there was one.
     """
     adapter_name, layers = active_layers(model)
-    layers = [(name, layer) for name, layer in layers if layer._capturing]
+    layers = [(name, layer) for name, layer in layers if layer.capturing]
     if not layers:
         return None
     start = time.perf_counter()
