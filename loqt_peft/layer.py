@@ -419,14 +419,13 @@ class LoQTLayer(BaseTunerLayer):
         gradient_energy = torch.zeros((), device=W.device) if gradient is None else gradient.square().sum()
         captured = torch.zeros_like(gradient_energy)
 
-        P_packed, P = self.loqt_P[adapter_name], None
+        projection_format = self.projection_format(adapter_name)
         if gradient_energy.item():
-            projection_format = self.projection_format(adapter_name)
             P_packed = projection_format.pack(project(gradient, r, config.projection))
             P = projection_format.unpack(P_packed)
             captured = captured_energy(gradient, P)
         else:
-            P = self.projection(adapter_name)
+            P_packed, P = self.loqt_P[adapter_name], self.projection(adapter_name)
         # P is empty where no gradient has ever come by: nothing can be compensated in its span
         steps = config.compensation_steps if P.any() else 0
         weight_format = self.weight_format(adapter_name)
