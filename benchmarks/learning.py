@@ -46,15 +46,22 @@ LEARNING_RATES = {
     "loqt": (0.003, 0.005, 0.01, 0.02),
     "loqt-nq": (0.003, 0.005, 0.01, 0.02),
     "lora": (0.002, 0.003, 0.005, 0.01),
+    "lora-fa": (0.003, 0.005, 0.01, 0.02),
 }
-NAMES = {"full": "full-rank AdamW", "loqt": "LoQT (NF4 W and P)", "loqt-nq": "LoQT-nq", "lora": "LoRA"}
+NAMES = {
+    "full": "full-rank AdamW",
+    "loqt": "LoQT (NF4 W and P)",
+    "loqt-nq": "LoQT-nq",
+    "lora": "LoRA",
+    "lora-fa": "LoRA, A frozen",
+}
 
 
 def prepare(method, model, overrides):
     """The model as the method trains it, and the callbacks it needs."""
     if method == "full":
         return model, []
-    if method == "lora":
+    if method in ("lora", "lora-fa"):
         targets = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[f"model.{name}" for name in targets])
         adapted = get_peft_model(model, config)
@@ -62,6 +69,8 @@ def prepare(method, model, overrides):
         for name, parameter in adapted.named_parameters():
             if not any(name.split("base_model.model.")[-1].startswith(f"model.{target}.") for target in targets):
                 parameter.requires_grad = True
+            elif method == "lora-fa" and "lora_A" in name:
+                parameter.requires_grad = False
         return adapted, []
     from loqt_peft import LoQTConfig, LoQTTrainerCallback
 

@@ -23,10 +23,11 @@ def _register_peft_type() -> None:
 _register_peft_type()
 
 from .callback import LoQTTrainerCallback  # noqa: E402
+from .checkpoint import get_last_checkpoint  # noqa: E402
 from .config import LoQTConfig  # noqa: E402
 from .model import LoQTModel  # noqa: E402
 
 
 register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
 
-__all__ = ["LoQTConfig", "LoQTModel", "LoQTTrainerCallback", "__version__"]
+__all__ = ["LoQTConfig", "LoQTModel", "LoQTTrainerCallback", "__version__", "get_last_checkpoint"]

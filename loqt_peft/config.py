@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .checkpoint import FORMAT_VERSION, newer_version
 from .projection import PROJECTIONS
 from .quantization import QUANT_TYPES
 from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
@@ -108,6 +109,9 @@ class LoQTConfig(PeftConfig):
         default=0,
         metadata={"help": "Updates that the saved adapter has been through. Set by training, not by the user."},
     )
+    format_version: int | None = field(
+        default=None, metadata={"help": "Format of the saved adapter. Set when it is saved, not by the user."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,6 +197,16 @@ class LoQTConfig(PeftConfig):
         )
         choice("retain_base", RETAIN_BASE)
         at_least("num_updates", 0)
+        if self.format_version is not None:
+            at_least("format_version", 1)
+            if self.format_version > FORMAT_VERSION:
+                raise ValueError(
+                    f"format_version={self.format_version} is not allowed: {newer_version(self.format_version)}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     @property
     def schedule(self) -> UpdateSchedule:

@@ -14,6 +14,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
 from .compensation import compensate
 from .projection import captured_energy, expand, is_right, project, projection_shape, trainable_shape
 from .quantization import storage_format
@@ -67,12 +68,21 @@ class LoQTLayer(BaseTunerLayer):
     """State of the LoQT adapters of one linear layer.
 
     Per adapter: `loqt_B`, the only trainable matrix; `loqt_P`, the projection; `loqt_state`, the number of updates and
-    whether one is pending; and, from the first switch on, `loqt_weight`, the weight with everything learned before that
-    switch merged in. The base layer is never written to: an adapter is the change deq(W_q) − W_base + s·PB.
+    whether one is pending; `loqt_seal`, zeros but in a saved adapter; and, from the first switch on, `loqt_weight`, the
+    weight with everything learned before that switch merged in. The base layer is never written to: an adapter is the
+    change deq(W_q) − W_base + s·PB.
     """
 
     adapter_layer_names: tuple[str, ...] = ("loqt_B",)
-    other_param_names: tuple[str, ...] = ("r", "scaling", "config", "loqt_P", "loqt_weight", "loqt_state")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "scaling",
+        "config",
+        "loqt_P",
+        "loqt_weight",
+        "loqt_state",
+        "loqt_seal",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -83,6 +93,7 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_P = BufferDict({}, persistent=True)
         self.loqt_weight = BufferDict({}, persistent=True)
         self.loqt_state = BufferDict({}, persistent=True)
+        self.loqt_seal = BufferDict({}, persistent=True)
         # reading `loqt_state` waits for the device: buffer, its version and the values last read from it
         self._state_cache: dict[str, tuple[torch.Tensor, int, list[int]]] = {}
         # version of B at the first training forward; None once the user was warned
@@ -93,6 +104,8 @@ class LoQTLayer(BaseTunerLayer):
         # base weight from before `merge`; in a tuple so that a Parameter is not registered
         self._unmerged: tuple[Any, ...] = ()
         self.base_dropped = False
+        # of a dropped base
+        self._base_sample: tuple[int, torch.Tensor] | None = None
 
         self.capturing = False
         self._offload_gradients = False
@@ -114,6 +127,7 @@ class LoQTLayer(BaseTunerLayer):
         self.right = is_right(self.shape)
         if self.quantization_backend is not None:
             # in eval, on processors with AVX512-BF16, bitsandbytes would round the absmax to bfloat16, for good
+            self._repacks_on_cpu = base_layer.support_avx512bf16_for_cpu
             base_layer.support_avx512bf16_for_cpu = False
 
     ###############################
@@ -139,7 +153,8 @@ class LoQTLayer(BaseTunerLayer):
         self.scaling[adapter_name] = scaling
         self.config[adapter_name] = config
 
-        B = torch.zeros(trainable_shape(self.shape, r), dtype=self.weight_dtype)
+        # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
+        B = torch.zeros(trainable_shape(self.shape, r))
         P = torch.zeros(projection_shape(self.shape, r))
         if not config.init_weights:
             nn.init.kaiming_uniform_(B, a=5**0.5)
@@ -147,6 +162,7 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_B[adapter_name] = nn.Parameter(B)
         self.loqt_P[adapter_name] = self.projection_format(adapter_name).pack(P)
         self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64)
+        self.loqt_seal[adapter_name] = torch.zeros(SEAL_SIZE, dtype=torch.int64)
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -172,8 +188,32 @@ class LoQTLayer(BaseTunerLayer):
         # a slot may have been allocated, but nothing loaded into it
         return adapter_name in self.loqt_weight and self.num_updates(adapter_name) > 0
 
+    def tensor_shapes(self, adapter_name: str) -> dict[str, torch.Size]:
+        """Shapes of the tensors that a saved adapter holds of this layer."""
+        return {
+            "loqt_B": self.loqt_B[adapter_name].shape,
+            "loqt_P": self.loqt_P[adapter_name].shape,
+            "loqt_weight": self.weight_format(adapter_name).empty("meta").shape,
+            "loqt_state": self.loqt_state[adapter_name].shape,
+        }
+
+    def allocate(self, adapter_name: str, P: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Make the slots of P and the drifted weight fit tensors that are about to be loaded.
+
+        A dense one keeps the dtype that it was saved in, whatever the dtype of the live base.
+        """
+        if self.loqt_P[adapter_name].dtype != P.dtype:
+            self.loqt_P[adapter_name] = torch.zeros_like(self.loqt_P[adapter_name], dtype=P.dtype)
+        self.allocate_weight(adapter_name, weight is not None)
+        if weight is not None and self.loqt_weight[adapter_name].dtype != weight.dtype:
+            self.loqt_weight[adapter_name] = torch.zeros_like(self.loqt_weight[adapter_name], dtype=weight.dtype)
+
     def allocate_weight(self, adapter_name: str, drifted: bool) -> None:
-        """Allocate or drop the slot of the drifted weight, to fit a checkpoint that is about to be loaded."""
+        """Allocate or drop the slot of the drifted weight.
+
+        Raises:
+            ValueError: If it is to be dropped, and the base weights are gone.
+        """
         if drifted and adapter_name not in self.loqt_weight:
             device = self.loqt_P[adapter_name].device
             self.loqt_weight[adapter_name] = self.weight_format(adapter_name).empty(device)
@@ -184,14 +224,15 @@ class LoQTLayer(BaseTunerLayer):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # `load_state_dict` drops keys without a slot, so the slots are made to fit before the children load
         for adapter_name in self.loqt_B:
-            if f"{prefix}loqt_B.{adapter_name}" in state_dict:
-                self.allocate_weight(adapter_name, f"{prefix}loqt_weight.{adapter_name}" in state_dict)
+            P = state_dict.get(f"{prefix}loqt_P.{adapter_name}")
+            if P is not None:
+                self.allocate(adapter_name, P, state_dict.get(f"{prefix}loqt_weight.{adapter_name}"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would follow an offloaded base weight, and round a loaded B to the dtype of the base
         device = device or self._compute_device()
-        for container in (self.loqt_B, self.loqt_P, self.loqt_weight, self.loqt_state):
+        for container in (self.loqt_B, self.loqt_P, self.loqt_weight, self.loqt_state, self.loqt_seal):
             if adapter_name in container and container[adapter_name].device.type not in ("meta", device.type):
                 container[adapter_name] = container[adapter_name].detach().to(device)
 
@@ -260,6 +301,17 @@ class LoQTLayer(BaseTunerLayer):
         weight = weight.to(self._compute_device(), torch.float32)
         return weight.T if self.fan_in_fan_out else weight
 
+    def base_sample(self) -> tuple[int, torch.Tensor]:
+        """How the original base weight is stored, and 64 of its elements; NaN if it has no values (yet)."""
+        if self.base_dropped:
+            return self._base_sample
+        weight = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
+        if weight.device.type == "meta":
+            return base_storage_code(weight), torch.full((SAMPLE_SIZE,), torch.nan)
+        if self.quantization_backend is None:
+            return base_storage_code(weight), sample(weight.detach())
+        return base_storage_code(weight), sample(self._base_weight())
+
     def _undo_cpu_packing(self) -> None:
         # Where the base model was evaluated before it became this one's: the layout that bitsandbytes then has on
         # processors with AVX512-BF16 can neither be dequantized nor differentiated through.
@@ -324,6 +376,7 @@ class LoQTLayer(BaseTunerLayer):
         if not drifted or len(drifted) < len(self.loqt_B) or self.merged or "device" in retain:
             self._move_base(self._compute_device())
         elif retain == {"drop"}:
+            self._base_sample = self.base_sample()
             weight = self.get_base_layer().weight
             # the (Params4bit) shell stays: it knows how to quantize a merged weight
             if getattr(weight, "quant_state", None) is not None:
@@ -624,6 +677,8 @@ class Linear(LoQTLayer, nn.Module):
         """
         if not merge:
             self.restore_base()
+            if self.quantization_backend is not None:
+                self.get_base_layer().support_avx512bf16_for_cpu = self._repacks_on_cpu
         elif self.quantization_backend is None:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 
 import bitsandbytes as bnb
 import torch
@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
 from .layer import Linear, LoQTLayer
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
@@ -66,6 +67,75 @@ def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.P
     return {name: parameter for name, parameter in selected.items() if names[id(parameter)] == name}
 
 
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
+    return {name: layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
+
+
+def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict[str, str]:
+    """Key in a checkpoint, without PEFT's prefix -> name in the model, of what an adapter holds outside LoQT layers."""
+    names = {name: name for name in full_rank_parameters(model, config)}
+    for module_name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
+                names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
+    return {canonical(key): name for key, name in names.items()}
+
+
+def _embedding_names(model: nn.Module) -> set[str]:
+    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    return {name for name, module in model.named_modules() if any(module is e for e in embeddings)}
+
+
+def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """See `verify_adapter`; what `modules_to_save` brings has its name in the model already."""
+    names = _rest_names(model, config, adapter_name)
+    keys = {canonical(name): key for key, name in names.items()}
+    # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
+    embeddings = {canonical(name) for name in _embedding_names(model)}
+    adapter = {}
+    for key, tensor in state_dict.items():
+        key = canonical(key)
+        if key in keys or key.rpartition(".")[0] not in embeddings:
+            adapter[keys.get(key, key)] = tensor
+    own = model.state_dict()
+    warning = verify_adapter(
+        _layers_of(model, adapter_name),
+        {key: own[name] for key, name in names.items()},
+        adapter_name,
+        adapter,
+        base_is_needed=config.full_rank_modules != "all",
+    )
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+
+
+class _VerifyOnFirstForward:
+    """Forward pre-hook for loaders that write into the model by themselves, as transformers' `load_adapter` does."""
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self.id = model.register_forward_pre_hook(self).id
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        layers = _layers_of(model, self.adapter_name)
+        seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
+        # zeros: PEFT loaded the adapter, or nobody did
+        if any(seal.any() for seal in seals):
+            config, own = model.peft_config[self.adapter_name], model.state_dict()
+            saved = {
+                f"{name}.{part}": getattr(layer, part)[self.adapter_name]
+                for name, layer in layers.items()
+                for part in (*TENSORS, "loqt_seal")
+                if self.adapter_name in getattr(layer, part)
+            }
+            saved |= {key: own[name] for key, name in _rest_names(model, config, self.adapter_name).items()}
+            _verify(model, config, self.adapter_name, saved)
+            for seal in seals:
+                seal.zero_()
+        model._forward_pre_hooks.pop(self.id, None)
+
+
 class LoQTModel(BaseTuner):
     """A model with LoQT adapters on its linear layers (arXiv 2405.16528).
 
@@ -106,7 +176,7 @@ class LoQTModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
         # names are those in the PeftModel, which is what DDP wraps.
-        containers = ("loqt_P", "loqt_weight", "loqt_state")
+        containers = ("loqt_P", "loqt_weight", "loqt_state", "loqt_seal")
         return [
             f"base_model.{name}.{container}.{adapter_name}"
             for name, layer in loqt_layers(self)
@@ -199,11 +269,17 @@ class LoQTModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # B only, and in place: it must stay the Parameter that an optimizer may hold, and a dense W or P in 16 bits is
         # meant to be that small
-        if not autocast_adapter_dtype:
-            return
         for _, layer in loqt_layers(self.model):
-            if adapter_name in layer.loqt_B and layer.loqt_B[adapter_name].dtype in (torch.float16, torch.bfloat16):
-                layer.loqt_B[adapter_name].data = layer.loqt_B[adapter_name].data.float()
+            if adapter_name in layer.loqt_B:
+                B = layer.loqt_B[adapter_name]
+                if not autocast_adapter_dtype:
+                    B.data = B.data.to(layer.weight_dtype)
+                elif B.dtype in (torch.float16, torch.bfloat16):
+                    B.data = B.data.float()
+
+    def _post_injection_hook(self, model: nn.Module, config: LoQTConfig, adapter_name: str) -> None:
+        if config.format_version is not None:
+            _VerifyOnFirstForward(model, adapter_name)
 
     ###############################
     # State dict
@@ -220,22 +296,25 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
+        rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
+        adapter.update(seal_adapter(_layers_of(model, adapter_name), rest, adapter_name, adapter))
         return adapter
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        layers = _layers_of(model, adapter_name)
+        _verify(model, config, adapter_name, state_dict)
         # PEFT maps only keys that the model has a slot for
-        for name, layer in loqt_layers(model):
-            if adapter_name not in layer.loqt_B:
-                continue
-            names = (name, f"base_model.model.{name}")
-            if any(f"{key}.loqt_B" in state_dict for key in names):
-                layer.allocate_weight(adapter_name, any(f"{key}.loqt_weight" in state_dict for key in names))
-        counts = [int(value[0]) for key, value in state_dict.items() if re.search(r"\.loqt_state$", key)]
-        if counts:
-            config.num_updates = max(counts)
+        state_dict = dict(state_dict)
+        num_updates = 0
+        for name, layer in layers.items():
+            prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
+            layer.allocate(adapter_name, state_dict[f"{prefix}.loqt_P"], state_dict.get(f"{prefix}.loqt_weight"))
+            num_updates = max(num_updates, int(state_dict[f"{prefix}.loqt_state"][0]))
+            state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
+        config.num_updates = num_updates
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     ###############################

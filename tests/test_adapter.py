@@ -3,6 +3,7 @@
 import copy
 import json
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from common import load_llama, loqt_config, tiny_llama, token_batch, train_steps
@@ -92,7 +93,13 @@ def test_loading_into_a_model_that_drifted_otherwise(base_dir, tmp_path, saved_s
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("retain_base", ["cpu", "device"])
 def test_disable_unload_and_delete_give_the_original_back(base_dir, base, retain_base):
-    original = logits(load_llama(base_dir, base))
+    plain = logits(load_llama(base_dir, base))
+    reference = load_llama(base_dir, base)
+    for module in reference.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # on processors with AVX512-BF16 it rounds in eval; a LoQT layer does not let it
+            module.support_avx512bf16_for_cpu = False
+    original = logits(reference)
     model = get_peft_model(load_llama(base_dir, base), loqt_config(retain_base=retain_base))
     train_steps(model, 3)
     adapted = logits(model)
@@ -106,7 +113,7 @@ def test_disable_unload_and_delete_give_the_original_back(base_dir, base, retain
     deleted.set_adapter("other")
     deleted.delete_adapter("default")
     assert torch.equal(logits(deleted), original)
-    assert torch.equal(logits(model.unload()), original)
+    assert torch.equal(logits(model.unload()), plain)
 
 
 def test_dropped_base_is_dropped_and_refuses(base_dir, tmp_path):

@@ -1,0 +1,452 @@
+"""Nothing learned is lost: resume is exact, and an adapter that is damaged or meant for another model is refused."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint as newest_checkpoint
+
+from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
+from loqt_peft.checkpoint import FORMAT_VERSION, SEAL_SIZE, Seal, checksum
+from loqt_peft.update import loqt_layers
+
+
+STEPS = 40
+# T = 0, 8, 19, 31
+SCHEDULE = {
+    "update_interval": 7,
+    "interval_schedule": "exponential",
+    "interval_growth": 4.0,
+    "max_interval": 12,
+}
+FIXTURE = Path(__file__).parent / "fixtures" / "adapter_format_1"
+
+
+def small_llama(seed=0, **kwargs):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tiny_llama(seed, **{**sizes, **kwargs})
+
+
+@torch.no_grad()
+def logits(model, seed=99):
+    model.eval()
+    return model(input_ids=token_batch(seed)).logits
+
+
+###############################
+# Resume
+###############################
+
+
+def run(folder, config=None, resume=None, dtype=torch.float32, **kwargs):
+    """Train to step 40; everything that training left behind."""
+    model = small_llama().to(dtype)
+    model = get_peft_model(model, loqt_config(r=4, full_rank_modules="all", **SCHEDULE, **(config or {})))
+    defaults = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    trainer = make_trainer(model, folder, [LoQTTrainerCallback()], TokenDataset(96), **{**defaults, **kwargs})
+    trainer.train(resume_from_checkpoint=resume)
+    optimizer = trainer.optimizer.state_dict()["state"]
+    history = [
+        {k: v for k, v in entry.items() if k in ("step", "loss", "grad_norm", "learning_rate")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    updates = [entry["step"] - 1 for entry in trainer.state.log_history if "loqt/updates" in entry]
+    return {k: v.clone() for k, v in model.state_dict().items()}, optimizer, history, updates
+
+
+def assert_same(actual, expected):
+    (state, optimizer, history, updates), (state_, optimizer_, history_, updates_) = actual, expected
+    assert state.keys() == state_.keys() and all(torch.equal(state[k], state_[k]) for k in state)
+    for index, entry in optimizer_.items():
+        for key, value in entry.items():
+            same = (
+                torch.equal(optimizer[index][key], value) if torch.is_tensor(value) else optimizer[index][key] == value
+            )
+            assert same, key
+    assert history == history_
+    assert updates == updates_ == [0, 8, 19, 31]
+
+
+def test_resume_is_bit_identical_from_every_step(tmp_path):
+    expected = run(tmp_path / "straight")
+    for step in range(1, STEPS):
+        folder = tmp_path / f"resumed-{step}"
+        actual = run(folder, resume=str(tmp_path / "straight" / f"checkpoint-{step}"), save_strategy="no")
+        assert_same(actual, expected)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"bf16": True},
+        {"dtype": torch.bfloat16},
+        {"optim": "adamw_bnb_8bit"},
+        {"config": {"optimizer_state": "rotate"}},
+        {"config": {"optimizer_state": "reset", "quantize_weight": None, "quantize_projection": None}},
+        {"config": {"double_quant": True, "retain_base": "drop"}},
+    ],
+    ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()),
+)
+def test_resume_is_bit_identical_in_every_mode(tmp_path, case):
+    expected = run(tmp_path / "straight", **case)
+    for step in (8, 9, 25):
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        assert_same(run(tmp_path / "resumed", resume=checkpoint, **{**case, "save_strategy": "no"}), expected)
+
+
+def test_best_model_is_loaded_back_across_switches(tmp_path):
+    config = {"update_interval": 2, "interval_schedule": "constant"}
+    model = get_peft_model(small_llama(), loqt_config(r=4, full_rank_modules="all", **{**config}))
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        [LoQTTrainerCallback()],
+        eval_dataset=TokenDataset(8, seed=1),
+        max_steps=8,
+        # diverges, so that the best model is an early one
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        save_only_model=True,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-8"
+    saved = load_file(best / "adapter_model.safetensors")
+    live = get_peft_model_state_dict(model)
+    assert saved.keys() == live.keys() and all(torch.equal(saved[k], live[k]) for k in saved)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+###############################
+# Kills and full disks
+###############################
+
+
+def forked(work):
+    """Run `work` in a process of its own; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def killed_and_resumed(folder, kills, generator, seconds):
+    """Train with a SIGKILL at random moments; how many kills, and how many left an incomplete checkpoint behind."""
+    done = incomplete = 0
+    while done < kills:
+        pid = forked(lambda: run(folder, resume=get_last_checkpoint(folder), save_total_limit=3))
+        # the process ends by itself or by the alarm, whichever is first
+        signal.signal(signal.SIGALRM, lambda *_, pid=pid: os.kill(pid, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, generator.uniform(0.02, seconds))
+        _, status = os.waitpid(pid, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        if not os.WIFSIGNALED(status):
+            shutil.rmtree(folder)
+            continue
+        done += 1
+        newest = newest_checkpoint(folder) if Path(folder).is_dir() else None
+        incomplete += newest is not None and newest != get_last_checkpoint(folder)
+    return done, incomplete
+
+
+def test_killed_training_resumes_to_the_same_bits(tmp_path):
+    expected = run(tmp_path / "straight", save_strategy="no")
+    killed_and_resumed(tmp_path / "killed", 4, random.Random(0), 1.0)
+    resume = get_last_checkpoint(tmp_path / "killed")
+    assert_same(run(tmp_path / "killed", resume=resume), expected)
+
+
+def test_full_disk_leaves_earlier_checkpoints_whole(tmp_path):
+    run(tmp_path, save_steps=4, max_steps=4)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    def without_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        run(tmp_path, resume=str(tmp_path / "checkpoint-4"), save_steps=8, max_steps=8, logging_steps=100)
+
+    _, status = os.waitpid(forked(without_room), 0)
+    assert os.WEXITSTATUS(status) == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert newest_checkpoint(tmp_path).endswith("checkpoint-8")
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "trainer_state.json").unlink(),
+        lambda folder: (folder / "trainer_state.json").write_text('{"global_step": '),
+        lambda folder: (folder / "adapter_config.json").write_text(""),
+        lambda folder: os.truncate(folder / "adapter_model.safetensors", 5000),
+        lambda folder: os.truncate(folder / "optimizer.pt", 500),
+        lambda folder: (folder / "rng_state.pth").write_bytes(b""),
+    ],
+)
+def test_incomplete_checkpoints_are_passed_over(tmp_path, damage):
+    assert get_last_checkpoint(tmp_path / "nowhere") is None
+    run(tmp_path, save_steps=2, max_steps=4)
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    damage(tmp_path / "checkpoint-4")
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    damage(tmp_path / "checkpoint-2")
+    assert get_last_checkpoint(tmp_path) is None
+
+
+###############################
+# What does not fit
+###############################
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    small_llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(full_rank_modules=["norm"]))
+    train_steps(model, 2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ({"r": 4}, r"Another rank, 8 in the adapter and 4 in this model: model\.layers\.0\.mlp\.down_proj"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"targets layers that this model's config does not target: model.layers.0.mlp.down_proj",
+        ),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+            r"not target: model\.layers\.0\.mlp\.up_proj",
+        ),
+        ({"quantize_weight": "fp4"}, r"quantize_weight='nf4' in the adapter and 'fp4' in this model"),
+        ({"quantize_projection": None}, r"quantize_projection='nf4' in the adapter and None in this model"),
+        ({"double_quant": True}, r"'nf4' in the adapter and 'nf4' with double_quant in this model"),
+        ({"loqt_alpha": 1.0}, r"Another scale, 0.5 in the adapter and 1 in this model"),
+        ({"full_rank_modules": None}, r"no place for: model\.norm\.weight"),
+        ({"full_rank_modules": ["norm", "embed_tokens"]}, r"Missing in the adapter: model\.embed_tokens\.weight"),
+    ],
+)
+def test_adapter_of_another_kind_is_refused_and_nothing_is_changed(base_dir, adapter_dir, config, match):
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(**{"full_rank_modules": ["norm"], **config}))
+    train_steps(model, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        model.load_adapter(adapter_dir, "default", is_trainable=True)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+def test_adapter_for_another_base_is_refused(adapter_dir, load):
+    other = small_llama(seed=1, hidden_size=64, intermediate_size=128)
+    with pytest.raises(ValueError, match="other base weights than this model's: model.layers.0"):
+        if load == "peft":
+            PeftModel.from_pretrained(other, adapter_dir)
+        else:
+            other.load_adapter(str(adapter_dir))
+            logits(other)
+
+
+def test_adapter_for_another_base_that_replaces_all_of_it_is_loaded(tmp_path):
+    # a run that began with random weights nobody kept must still resume
+    model = get_peft_model(small_llama(), loqt_config(full_rank_modules="all"))
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path / "drifted")
+    with pytest.warns(UserWarning, match="made on other base weights"):
+        loaded = PeftModel.from_pretrained(small_llama(seed=1), tmp_path / "drifted")
+    assert torch.equal(logits(loaded), logits(model))
+
+    undrifted = get_peft_model(small_llama(), loqt_config(full_rank_modules="all"))
+    undrifted.save_pretrained(tmp_path / "undrifted")
+    with pytest.raises(ValueError, match="other base weights"):
+        PeftModel.from_pretrained(small_llama(seed=1), tmp_path / "undrifted")
+
+
+@pytest.mark.parametrize("base", ["dense", "4bit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_base_in_another_precision_is_the_same_base(base_dir, adapter_dir, base, dtype):
+    model = PeftModel.from_pretrained(load_llama(base_dir, base, dtype), adapter_dir)
+    saved = load_file(adapter_dir / "adapter_model.safetensors")
+    assert all(torch.equal(v, saved[k]) for k, v in get_peft_model_state_dict(model).items() if "loqt_B" in k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_matrices_keep_the_dtype_that_they_were_saved_in(base_dir, tmp_path, dtype):
+    model = get_peft_model(
+        load_llama(base_dir, "dense", dtype), loqt_config(quantize_weight=None, quantize_projection=None)
+    )
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            load_llama(base_dir, "dense", other), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        for (_, expected), (_, actual) in zip(loqt_layers(model), loqt_layers(loaded), strict=True):
+            assert torch.equal(expected.effective_weight("default"), actual.effective_weight("default"))
+
+
+def test_state_of_a_newer_format_is_refused(base_dir, adapter_dir, tmp_path):
+    shutil.copytree(adapter_dir, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=f"reads up to format {FORMAT_VERSION}: upgrade loqt_peft"):
+        LoQTConfig(format_version=FORMAT_VERSION + 1)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in state if "loqt_seal" in key)
+    seal = state[key].clone()
+    seal[0] = FORMAT_VERSION + 1
+    # a version of the future may have a longer one
+    for newer in (torch.cat([seal[:-1], torch.tensor([checksum(seal[:-1])])]), torch.cat([seal, seal])):
+        save_file({**state, key: newer}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"reads up to format {FORMAT_VERSION}: upgrade loqt_peft"):
+            PeftModel.from_pretrained(load_llama(base_dir, "dense"), tmp_path)
+
+
+def test_seal_survives_its_tensor():
+    sample = torch.randn(64)
+    seal = Seal(1, (1, 2**32 - 1, 3, 4), (1, 5, 5, 6), 9, 10, 8, 7, 17, 2, 0.1, 258, sample)
+    tensor = seal.to_tensor()
+    assert tensor.shape == (SEAL_SIZE,)
+    restored = Seal.from_tensor(tensor)
+    assert torch.equal(restored.base_sample, sample)
+    restored.base_sample = seal.base_sample = None
+    assert restored == seal
+    for index in range(SEAL_SIZE):
+        damaged = tensor.clone()
+        damaged[index] ^= 1
+        with pytest.raises(ValueError):
+            Seal.from_tensor(damaged)
+
+
+def test_seals_are_zero_but_in_a_saved_adapter(base_dir, adapter_dir):
+    model = PeftModel.from_pretrained(load_llama(base_dir, "dense"), adapter_dir)
+    assert all(not layer.loqt_seal["default"].any() for _, layer in loqt_layers(model))
+    saved = get_peft_model_state_dict(model)
+    assert all(v.any() for k, v in saved.items() if "loqt_seal" in k)
+    set_peft_model_state_dict(model, saved)
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_adapter_of_format_1_is_still_read():
+    """Written once by `python tests/fixtures/write.py`; a later version that cannot read it has broken somebody's model."""
+    model = PeftModel.from_pretrained(small_llama(), FIXTURE)
+    expected = load_file(FIXTURE / "effective_weights.safetensors")
+    for name, layer in loqt_layers(model.base_model.model):
+        assert torch.equal(layer.effective_weight("default"), expected[name])
+    assert model.peft_config["default"].num_updates == 3
+
+
+###############################
+# Damage
+###############################
+
+
+def header_and_data(path):
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def corrupt(folder, generator):
+    """One random fault in an adapter directory; what was done."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    kind = generator.choice(["truncate", "flip", "swap", "missing", "extra", "zeros", "config", "config file"])
+    if kind == "truncate":
+        size = generator.choice([0, 7, 8, generator.randrange(weights.stat().st_size)])
+        os.truncate(weights, size)
+        return f"truncated to {size}"
+    if kind == "flip":
+        content = bytearray(weights.read_bytes())
+        header = struct.unpack("<Q", content[:8])[0] + 8
+        place = generator.choice([generator.randrange(header), generator.randrange(header, len(content))])
+        content[place] ^= 1 << generator.randrange(8)
+        weights.write_bytes(content)
+        return f"flipped a bit of byte {place}, header of {header}"
+    if kind == "config":
+        fields = json.loads(config.read_text())
+        field = generator.choice(sorted(set(fields) - {"peft_type", "auto_mapping", "peft_version"}))
+        fields[field] = generator.choice(
+            [None, 0, 1, 7, -1, 0.25, "q_proj", "nf4", "fp4", True, False, [], ["o_proj"], {}]
+        )
+        config.write_text(json.dumps(fields))
+        return f"config {field}={fields[field]!r}"
+    if kind == "config file":
+        content = config.read_text()
+        place = generator.randrange(len(content))
+        config.write_text(generator.choice([content[:place], content[:place] + "#" + content[place + 1 :], ""]))
+        return f"config file at {place}"
+    state = load_file(weights)
+    key, other = generator.sample(sorted(state), 2)
+    if kind == "swap":
+        other = generator.choice([k for k in state if k != key and state[k].shape == state[key].shape] or [other])
+        state[key], state[other] = state[other].clone(), state[key].clone()
+    elif kind == "missing":
+        del state[key]
+    elif kind == "zeros":
+        state[key] = torch.zeros_like(state[key])
+    else:
+        state[generator.choice([key + "_2", "base_model.model." + key, "x"])] = state[key].clone()
+    save_file(state, weights, {"format": "pt"})
+    return f"{kind} {key} {other}"
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+def test_a_corrupted_adapter_is_refused_or_loaded_exactly(base_dir, adapter_dir, tmp_path, load):
+    expected = logits(PeftModel.from_pretrained(load_llama(base_dir, "dense"), adapter_dir))
+    generator = random.Random(0)
+    cases, refused = (200, 0) if load == "peft" else (100, 0)
+    for case in range(cases):
+        folder = tmp_path / str(case)
+        shutil.copytree(adapter_dir, folder)
+        what = corrupt(folder, generator)
+        model = load_llama(base_dir, "dense")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if load == "peft":
+                    model = PeftModel.from_pretrained(model, folder)
+                else:
+                    model.load_adapter(str(folder))
+                actual = logits(model)
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+            assert str(error).strip(), what
+            refused += 1
+        else:
+            assert torch.equal(actual, expected), f"silently wrong: {what}"
+        shutil.rmtree(folder)
+    # the rest are faults without effect on the model, such as another update interval
+    assert refused > cases // 2
