@@ -8,6 +8,7 @@ from typing import Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .model_card import describe_saved_adapter
 from .projection import PROJECTIONS
 from .quantization import QUANT_TYPES
 from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
@@ -193,6 +194,14 @@ class LoQTConfig(PeftConfig):
         )
         choice("retain_base", RETAIN_BASE)
         at_least("num_updates", 0)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save as `adapter_config.json`, and describe the adapter in the model card that PEFT has written.
+
+        Args: see `PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        describe_saved_adapter(self, save_directory)
 
     @property
     def schedule(self) -> UpdateSchedule:
