@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
                         arguments = {key: unquote(value) for key, value in match.groupdict().items() if value}
                         getattr(self, name)(**arguments)
                     return
-            raise Refused(404, f"no route {self.command} {url.path}")
+            raise Refused(501, f"no route {self.command} {url.path}")
         except Refused as refused:
             headers = {"X-Error-Message": str(refused)}
             if refused.code:

@@ -35,6 +35,10 @@ class WaitForPush(TrainerCallback):
 
     def __init__(self):
         self.trainer = None
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
 
     def on_save(self, args, state, control, **kwargs):
         if self.trainer.args.push_to_hub:
@@ -61,7 +65,7 @@ def make_hub_trainer(output_dir, **kwargs):
         save_steps=3,
         **kwargs,
     )
-    return wait.trainer
+    return wait.trainer, wait
 
 
 def push(directory):
@@ -89,14 +93,12 @@ def push(directory):
 
 def train(directory):
     options = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_private_repo": True}
-    trainer = make_hub_trainer(directory / "trained", hub_model_id="user/trained", **options)
+    trainer, _ = make_hub_trainer(directory / "trained", hub_model_id="user/trained", **options)
     trainer.train()
     trainer.push_to_hub()
     record("trained", trainer.model)
-    trainer = make_hub_trainer(directory / "trained", hub_model_id="user/trained-branch", hub_revision="dev")
-    trainer.push_to_hub(revision="main")
 
-    # the Trainer takes the last of these for a repository's name
+    # a repository's name defaults to the directory's
     local = AutoModelForCausalLM.from_pretrained(directory / "local_base")
     trainer = make_trainer(
         get_peft_model(local, loqt_config()),
@@ -112,7 +114,13 @@ def train(directory):
     model = load_base()
     model.add_adapter(loqt_config())
     trainer = make_trainer(
-        model, directory / "added", [LoQTTrainerCallback()], push_to_hub=True, save_strategy="steps", save_steps=1
+        model,
+        directory / "added",
+        [LoQTTrainerCallback()],
+        push_to_hub=True,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
     )
     trainer.train()
     trainer.push_to_hub()
@@ -122,7 +130,7 @@ def error_of(repo, **options):
     try:
         PeftModel.from_pretrained(load_base(), repo, **options)
     except Exception as error:
-        return f"{type(error).__name__}: {error} ({type(error.__cause__).__name__}: {error.__cause__})"
+        return f"{type(error).__name__}: {error} (from {type(error.__context__).__name__})"
 
 
 def pull(directory):
@@ -149,10 +157,10 @@ def pull(directory):
 
     revision = (directory / "step_3").read_text()
     checkpoint = Path(snapshot_download("user/trained", revision=revision)) / "last-checkpoint"
-    trainer = make_hub_trainer(directory / "resumed")
+    trainer, wait = make_hub_trainer(directory / "resumed")
     trainer.train(resume_from_checkpoint=str(checkpoint))
     record("resumed", trainer.model)
-    results["resumed.steps"] = torch.tensor(trainer.state.global_step)
+    results["resumed.steps"] = torch.tensor(wait.steps)
     (directory / "card.md").write_text(ModelCard.load("user/trained").content)
 
 
