@@ -8,12 +8,14 @@ import bitsandbytes as bnb
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.training_args import ParallelMode
 
 from .layer import LoQTLayer
+from .model_card import keep_loqt_section, write_model_card
 from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 
 
@@ -90,6 +92,15 @@ class LoQTTrainerCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         cancel_step(model)
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        # an adapter added by transformers has no card of PEFT's
+        if not state.is_world_process_zero or not isinstance(model, PeftModel):
+            return
+        # a push in the middle of training writes no card, and copies the files of the adapter "default" only
+        write_model_card(model, args.output_dir, [name for name in model.peft_config if name == "default"])
+        # the one at its end writes a new one
+        keep_loqt_section(model)
 
     @staticmethod
     def _summary(model: nn.Module, state: TrainerState) -> str:

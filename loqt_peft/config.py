@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .checkpoint import FORMAT_VERSION, newer_version
+from .model_card import describe_saved_adapter
 from .projection import PROJECTIONS
 from .quantization import QUANT_TYPES
 from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
@@ -207,6 +208,14 @@ class LoQTConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save as `adapter_config.json`, and describe the adapter in the model card that PEFT has written.
+
+        Args: see `PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        describe_saved_adapter(self, save_directory)
 
     @property
     def schedule(self) -> UpdateSchedule:
