@@ -231,7 +231,12 @@ def _dense_layer(base_layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype
         base_layer.bias = bias
         base_layer.train(training)
     weight = weight.T if transposed else weight
-    base_layer.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
+    original = base_layer.weight
+    if (original.shape, original.dtype, original.device) == (weight.shape, dtype, weight.device):
+        # no second copy of the model beside weights that are mapped from a file
+        original.copy_(weight)
+    else:
+        base_layer.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
     return base_layer
 
 

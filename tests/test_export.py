@@ -1,10 +1,12 @@
 """Leaving LoQT: three exports that load without this package, and what each of them loses."""
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -31,6 +33,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from loqt_peft import export
 from loqt_peft.__main__ import main
 from loqt_peft.update import loqt_layers
 
@@ -397,6 +400,33 @@ def test_generation_config_is_kept(base_dir, tmp_path):
         model.base_model.model.generation_config.max_new_tokens = 7
         model.export(tmp_path / to, to)
         assert AutoModelForCausalLM.from_pretrained(tmp_path / to).generation_config.max_new_tokens == 7
+
+
+@pytest.mark.parametrize("base", ["dense", "4bit"])
+@pytest.mark.parametrize("to", ["dense", "bnb-4bit"])
+def test_a_layer_is_freed_once_it_is_converted(base_dir, tmp_path, monkeypatch, base, to):
+    model = trained(base_dir, base)
+    layers = [layer for _, layer in loqt_layers(model)]
+    tensors = [weakref.ref(layer.loqt_B["default"]) for layer in layers]
+    tensors += [weakref.ref(layer.base_layer.weight) for layer in layers] if base == "4bit" else []
+    count = len(layers)
+    del layers
+    alive = []
+    original = export._exported_weight
+
+    def counted(layer):
+        alive.append(sum(reference() is not None for reference in tensors))
+        return original(layer)
+
+    monkeypatch.setattr(export, "_exported_weight", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        model.export(tmp_path / "out", to)
+    finally:
+        gc.enable()
+    # one layer of slack
+    assert all(n <= len(tensors) * (count - i + 1) / count for i, n in enumerate(alive)) and len(alive) == count
 
 
 ###############################
