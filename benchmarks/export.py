@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from common import Blocks, convert_smollm2, markdown_table, provenance, review_blocks, write_json, write_markdown
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
@@ -52,29 +52,35 @@ print(json.dumps(math.exp(sum(losses) / len(losses))))
 """
 
 LOAD = """
-import resource, sys
+import sys
 from loqt_peft.__main__ import load_base
 from peft import PeftConfig, PeftModel
 model = PeftModel.from_pretrained(load_base(PeftConfig.from_pretrained(sys.argv[1]), sys.argv[2]), sys.argv[1])
 # what is mapped from a file is not resident before it is read
 for tensor in model.state_dict().values():
     tensor.sum()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(max(p.numel() * 4 for name, p in model.named_parameters() if name.endswith("base_layer.weight")))
 """
 
 EXPORT = """
-import resource, sys
+import sys
 from loqt_peft.__main__ import main
-status = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-sys.exit(status)
+if main(sys.argv[1:]):
+    sys.exit("the export failed")
+"""
+
+
+# getrusage would count what the process had resident before exec: this process's own memory
+PEAK = """
+with open("/proc/self/status") as file:
+    print(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
 """
 
 
 def run(code, *arguments):
-    """Standard output of a fresh process, in lines, and its seconds."""
+    """Standard output of a fresh process, in lines, the last of which is its peak in KiB; and its seconds."""
     start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code + PEAK, *map(str, arguments)], capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
     return result.stdout.strip().splitlines(), time.perf_counter() - start
@@ -105,14 +111,14 @@ def train(options, training, folder):
     trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(training), callbacks=[LoQTTrainerCallback()])
     trainer.train()
     model.save_pretrained(folder)
-    return model.peft_config["default"].num_updates, max(
-        parameter.numel() * 4 for name, parameter in model.named_parameters() if name.endswith("base_layer.weight")
-    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="where the converted model is kept")
+    parser.add_argument(
+        "--adapter", type=Path, help="where the trained adapter is kept; it is trained only if it is not there"
+    )
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--update-interval", type=int, default=5)
@@ -132,16 +138,18 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        adapter, blocks = folder / "adapter", folder / "blocks.pt"
+        adapter, blocks = options.adapter or folder / "adapter", folder / "blocks.pt"
         torch.save(validation, blocks)
-        updates, layer_bytes = train(options, training, adapter)
+        if not (adapter / "adapter_config.json").exists():
+            train(options, training, adapter)
 
         def perplexity(path, package="without"):
             lines, _ = run(EVALUATE, path, options.cache, package, blocks)
-            return json.loads(lines[-1])
+            return json.loads(lines[-2])
 
         lines, _ = run(LOAD, adapter, options.cache)
-        loading = int(lines[-1]) / 1024
+        layer_bytes, loading = int(lines[-2]), int(lines[-1]) / 1024
+        updates = PeftConfig.from_pretrained(adapter).num_updates
         results = {
             "base model": {"perplexity": perplexity(options.cache)},
             "LoQT adapter": {"perplexity": perplexity(adapter, "with"), "MB": megabytes(adapter)},
@@ -203,7 +211,7 @@ def main():
     write_json(
         "export.json",
         {
-            "options": {name: str(value) for name, value in vars(options).items() if name != "cache"},
+            "options": {name: str(value) for name, value in vars(options).items() if name not in ("cache", "adapter")},
             "updates": updates,
             "loading_peak_MiB": loading,
             "largest_layer_bytes": layer_bytes,

@@ -39,10 +39,10 @@ _PEFT_PREFIX = "base_model.model."
 _MODEL_FILES = (
     "config.json",
     "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
+    "model*.safetensors*",
+    "adapter_model*.safetensors*",
+    "pytorch_model*.bin*",
+    "adapter_model*.bin*",
 )
 
 

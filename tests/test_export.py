@@ -29,12 +29,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
 from loqt_peft import export
-from loqt_peft.__main__ import main
+from loqt_peft.__main__ import base_class, load_base, main
 from loqt_peft.update import loqt_layers
 
 
@@ -535,6 +536,19 @@ def test_command_refuses_in_one_line(base_dir, adapter_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["export", str(adapter_dir), out, "--to", "gguf"])
     assert caught.value.code == 2
+
+
+def test_base_is_loaded_as_the_adapter_says(base_dir):
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    model = load_base(loqt_config(), str(base_dir), quantization_config=quantization)
+    assert isinstance(model, LlamaForCausalLM) and isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    mapping = {"base_model_class": "LlamaModel", "parent_library": "transformers.models.llama.modeling_llama"}
+    config = loqt_config(task_type=None, auto_mapping=mapping)
+    model = load_base(config, str(base_dir), dtype="bfloat16")
+    assert type(model) is LlamaModel and model.dtype == torch.bfloat16
+    assert base_class(loqt_config(task_type="SEQ_CLS")) is AutoModelForSequenceClassification
+    with pytest.raises(ValueError, match="not imported from a config"):
+        base_class(loqt_config(task_type=None, auto_mapping={**mapping, "parent_library": "os"}))
 
 
 ###############################
