@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib
 import sys
 from pathlib import Path
@@ -25,6 +27,8 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+# of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -82,9 +86,17 @@ def copy_tokenizer(output_dir: Path, *sources: str, revision: str | None = None)
     return None
 
 
+def return_freed_memory() -> None:
+    """Have glibc hand freed tensors back to the system, in this whole process; nothing with another C library."""
+    # it stops doing so by itself after the first large ones, and an export to 4 bits then peaks at nearly twice the model
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+
+
 def export_command(options: argparse.Namespace) -> None:
     """Export a saved adapter, and print what that lost."""
     check_rank(options.to, options.rank)
+    return_freed_memory()
     config = PeftConfig.from_pretrained(options.adapter, revision=options.revision)
     if not isinstance(config, LoQTConfig):
         raise ValueError(f"{options.adapter!r} is an adapter of type {config.peft_type.value}, not LoQT.")
