@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loqt_peft import export
 from loqt_peft.__main__ import base_class, load_base, main
+from loqt_peft.quantization import FourBitFormat
 from loqt_peft.update import loqt_layers
 
 
@@ -167,6 +168,9 @@ def test_4bit(base_dir, tmp_path, base, switches, dtype, kwargs):
     assert relative_error(found, wanted) == pytest.approx(report.weight_error, rel=1e-6)
     assert relative_error(found, wanted, changed) == pytest.approx(report.change_error, rel=1e-6)
     assert 0.01 < report.weight_error < 0.2
+    for name, weight in wanted.items():
+        storage = FourBitFormat(tuple(weight.shape), kwargs.get("quantize_weight", "nf4"), "double_quant" in kwargs)
+        assert torch.equal(found[name], storage.unpack(storage.pack(weight), dtype).float())
     state = loaded.get_submodule(min(wanted)).weight.quant_state
     assert (state.quant_type, state.nested) == (kwargs.get("quantize_weight", "nf4"), "double_quant" in kwargs)
     assert all(
