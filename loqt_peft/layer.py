@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
 from .compensation import compensate
 from .projection import captured_energy, expand, is_right, project, projection_shape, trainable_shape
-from .quantization import storage_format
+from .quantization import storage_format, undo_cpu_packing
 
 
 if TYPE_CHECKING:
@@ -294,7 +293,7 @@ class LoQTLayer(BaseTunerLayer):
         if self._unmerged:
             base_layer.weight = self._unmerged[0]
         try:
-            self._undo_cpu_packing()
+            undo_cpu_packing(self.get_base_layer().weight)
             weight = self.get_base_weight()
         finally:
             base_layer.weight = merged
@@ -311,17 +310,6 @@ class LoQTLayer(BaseTunerLayer):
         if self.quantization_backend is None:
             return base_storage_code(weight), sample(weight.detach())
         return base_storage_code(weight), sample(self._base_weight())
-
-    def _undo_cpu_packing(self) -> None:
-        # Where the base model was evaluated before it became this one's: the layout that bitsandbytes then has on
-        # processors with AVX512-BF16 can neither be dequantized nor differentiated through.
-        weight = self.get_base_layer().weight
-        state = getattr(weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-            # its inverse (0.50.2) leaves the absmax of weights that are not double-quantized transposed and in bfloat16
-            if state.absmax.dim() == 2:
-                state.absmax = state.absmax.T.reshape(-1).float()
 
     def effective_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
@@ -568,7 +556,7 @@ class Linear(LoQTLayer, nn.Module):
             self.require_base("The base model's output")
         base_layer = self.get_base_layer()
         if torch.is_grad_enabled():
-            self._undo_cpu_packing()
+            undo_cpu_packing(self.get_base_layer().weight)
         if base_layer.weight.device == x.device:
             return base_layer(x)
         weight = self._base_weight().to(x.device, self.weight_dtype)
@@ -672,8 +660,8 @@ class Linear(LoQTLayer, nn.Module):
     ) -> nn.Module:
         """The base layer, or with `merge` a dense layer with the adapters merged.
 
-        A 4-bit base becomes an `nn.Linear` in the dtype that it dequantized to: rounded to 4 bits again, the merged weight
-        would lose what was learned.
+        A 4-bit base becomes dense in the dtype that it dequantized to: rounded to 4 bits again, the merged weight would
+        lose what was learned.
         """
         if not merge:
             self.restore_base()
@@ -683,10 +671,15 @@ class Linear(LoQTLayer, nn.Module):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             weight = self.merged_weight(self.merged_adapters + self._adapters_to_merge(adapter_names), safe_merge)
-            bias = self.get_base_layer().bias
+            base_layer = self.get_base_layer()
+            bias = base_layer.bias
             with torch.device("meta"):
-                dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
-            dense.weight = nn.Parameter(weight.to(self.weight_dtype), requires_grad=False)
+                # what transformers had replaced by the 4-bit layer
+                if getattr(base_layer, "source_cls", None) is Conv1D:
+                    dense, weight = Conv1D(self.out_features, self.in_features), weight.T
+                else:
+                    dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+            dense.weight = nn.Parameter(weight.to(self.weight_dtype).contiguous(), requires_grad=False)
             dense.bias = bias
             # PEFT takes weight and bias of the module that replaces this one from here
             self.base_layer = dense

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -18,6 +20,9 @@ from .config import LoQTConfig
 from .layer import Linear, LoQTLayer
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
 
+
+if TYPE_CHECKING:
+    from .export import ExportReport
 
 SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
@@ -134,6 +139,12 @@ class _VerifyOnFirstForward:
             for seal in seals:
                 seal.zero_()
         model._forward_pre_hooks.pop(self.id, None)
+
+
+def _tie_weights_after_load(model: nn.Module, _incompatible_keys) -> None:
+    # loads with `assign=True`, as of `low_cpu_mem_usage`, replace one of two tied weights
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
 
 
 class LoQTModel(BaseTuner):
@@ -278,6 +289,8 @@ class LoQTModel(BaseTuner):
                     B.data = B.data.float()
 
     def _post_injection_hook(self, model: nn.Module, config: LoQTConfig, adapter_name: str) -> None:
+        if config.full_rank_modules:
+            model.register_load_state_dict_post_hook(_tie_weights_after_load)
         if config.format_version is not None:
             _VerifyOnFirstForward(model, adapter_name)
 
@@ -365,3 +378,46 @@ class LoQTModel(BaseTuner):
             else:
                 quantizer.remove_quantization_config(model)
         return model
+
+    def export(
+        self,
+        output_dir: str | Path,
+        to: Literal["dense", "bnb-4bit", "lora"],
+        rank: int | float | None = None,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progressbar: bool = False,
+    ) -> ExportReport:
+        """Write the active adapter in a form that loads without this package.
+
+        `"dense"` and `"bnb-4bit"` use this model up: layer by layer it becomes the exported one, so that no second copy is
+        needed. They load with transformers' `from_pretrained`. `"lora"` leaves this model as it is, and loads with PEFT on
+        the *original* base model; modules trained in place (`full_rank_modules`) travel as `modules_to_save`.
+
+        Args:
+            output_dir (`str` or `Path`): A new or empty folder.
+            to (`str`): The format.
+            rank (`int` or `float`, *optional*):
+                With `"lora"` only: the rank of all layers, or the share (up to 1.0) of each layer's squared change that
+                its rank must keep.
+            dtype (`torch.dtype`, *optional*):
+                Of the dense weights; of what is not quantized; of LoRA's A and B. `None`: as in the base model, float32
+                for A and B.
+            overwrite (`bool`): Replace a model that `output_dir` holds.
+            progressbar (`bool`): Show one.
+
+        Returns:
+            [`~loqt_peft.export.ExportReport`]
+
+        Raises:
+            ValueError:
+                Before anything is changed: if an argument is not allowed; not exactly one adapter is active, or it is
+                merged; the model is not of transformers, or offloaded; its quantization is not bitsandbytes' 4-bit; with
+                `"bnb-4bit"` a layer is one that transformers keeps in float32; with `"lora"` the base weights were
+                dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
+                weight is not finite.
+        """
+        # it is built on this module
+        from .export import export
+
+        return export(self, output_dir, to, rank, dtype, overwrite, progressbar)

@@ -14,7 +14,13 @@ from functools import cache, cached_property
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    _convert_weight_packed_for_cpu_inverse,
+    create_dynamic_map,
+    dequantize_4bit,
+    quantize_4bit,
+)
 
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -172,3 +178,17 @@ def storage_format(
     if quant_type is None or math.prod(shape) <= 2:
         return DenseFormat(shape, dtype)
     return FourBitFormat(shape, quant_type, double_quant)
+
+
+def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
+    """Bring a `Params4bit` back to the common layout, in place.
+
+    In eval, on processors with AVX512-BF16, bitsandbytes repacks it into one that can neither be dequantized nor saved
+    nor differentiated through.
+    """
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        # its inverse (0.50.2) leaves the absmax of weights that are not double-quantized transposed and in bfloat16
+        if state.absmax.dim() == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
