@@ -114,6 +114,12 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
         warnings.warn(warning, stacklevel=2)
 
 
+def _tie_weights_after_load(model: nn.Module, _incompatible_keys) -> None:
+    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
 class _VerifyOnFirstForward:
     """Forward pre-hook for loaders that write into the model by themselves, as transformers' `load_adapter` does."""
 
@@ -127,6 +133,7 @@ class _VerifyOnFirstForward:
         seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
         # zeros: PEFT loaded the adapter, or nobody did
         if any(seal.any() for seal in seals):
+            _tie_weights_after_load(model)
             config, own = model.peft_config[self.adapter_name], model.state_dict()
             saved = {
                 f"{name}.{part}": getattr(layer, part)[self.adapter_name]
@@ -139,12 +146,6 @@ class _VerifyOnFirstForward:
             for seal in seals:
                 seal.zero_()
         model._forward_pre_hooks.pop(self.id, None)
-
-
-def _tie_weights_after_load(model: nn.Module, _incompatible_keys) -> None:
-    # loads with `assign=True`, as of `low_cpu_mem_usage`, replace one of two tied weights
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
 
 
 class LoQTModel(BaseTuner):

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
-from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
 from huggingface_hub import ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -18,8 +19,14 @@ from loqt_peft import LoQTTrainerCallback
 results = {}
 
 
-def load_base():
-    return AutoModelForCausalLM.from_pretrained("user/base", dtype=torch.float32)
+def load_base(base="dense", dtype=torch.float32):
+    return load_llama("user/base", base, dtype)
+
+
+def variants():
+    """Name, base, number of switches and dtype of adapters that are pushed and pulled."""
+    for base, switches, dtype in product(("dense", "4bit", "4bit-double"), (0, 1, 5), (torch.float32, torch.bfloat16)):
+        yield f"{base}-{switches}-{str(dtype).removeprefix('torch.')}", base, switches, dtype
 
 
 @torch.no_grad()
@@ -83,6 +90,12 @@ def push(directory):
     model.push_to_hub("user/adapter-lfs")
     model.push_to_hub("user/adapter-private", private=True)
     record("third", model)
+
+    for name, base, switches, dtype in variants():
+        model = get_peft_model(load_base(base, dtype), loqt_config())
+        train_steps(model, switches)
+        model.push_to_hub(f"user/{name}")
+        record(name, model)
 
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(directory / "local_base")
     local = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "local_base"), loqt_config())
@@ -154,6 +167,12 @@ def pull(directory):
         key = f"{name}@{repo}"
         record(key, PeftModel.from_pretrained(load_base(), repo, **options))
         record(f"{key} auto", AutoPeftModelForCausalLM.from_pretrained(repo, **options))
+
+    for name, base, _, dtype in variants():
+        record(name, PeftModel.from_pretrained(load_base(base, dtype), f"user/{name}"))
+        plain = load_base(base, dtype)
+        plain.load_adapter(f"user/{name}")
+        record(f"{name} transformers", plain)
 
     revision = (directory / "step_3").read_text()
     checkpoint = Path(snapshot_download("user/trained", revision=revision)) / "last-checkpoint"

@@ -6,11 +6,11 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
-from common import load_llama, loqt_config, tiny_llama, token_batch, train_steps
+from common import load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from loqt_peft.update import loqt_layers
 
@@ -33,11 +33,12 @@ def logits(model, seed=99):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("switches", [0, 1, 4])
+@pytest.mark.parametrize("switches", [0, 1, 5])
 @pytest.mark.parametrize(
     "double_quant, quantize_weight, dtype",
     [
         (False, "nf4", torch.float32),
+        (False, "nf4", torch.bfloat16),
         (True, "nf4", torch.bfloat16),
         (False, None, torch.bfloat16),
     ],
@@ -59,6 +60,63 @@ def test_round_trip_is_exact(base_dir, tmp_path, base, switches, double_quant, q
 
     low_memory = PeftModel.from_pretrained(load_llama(base_dir, base, dtype), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(low_memory), expected)
+
+    # as the Trainer saves and resumes
+    make_trainer(model, tmp_path / "trainer").save_model(tmp_path / "checkpoint")
+    resumed = get_peft_model(load_llama(base_dir, base, dtype), config)
+    resumed.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    assert torch.equal(logits(resumed), expected)
+
+    plain = load_llama(base_dir, base, dtype)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), expected)
+    assert all(not layer.loqt_seal["default"].any() for _, layer in loqt_layers(plain))
+    plain.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(load_llama(base_dir, base, dtype), tmp_path / "again")
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("load", ["peft", "low memory", "transformers"])
+def test_tied_embeddings_stay_tied(tmp_path, load):
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), loqt_config(full_rank_modules="all"))
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_llama(seed=0, tie_word_embeddings=True)
+    if load == "transformers":
+        loaded.load_adapter(str(tmp_path))
+    else:
+        loaded = PeftModel.from_pretrained(loaded, tmp_path, low_cpu_mem_usage=load == "low memory")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_unloaded_4bit_conv1d_is_a_conv1d_again(tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).save_pretrained(
+        tmp_path
+    )
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=quantization)
+    model = get_peft_model(base, loqt_config(target_modules=["c_attn", "c_proj", "c_fc"]))
+    train_steps(model, 2)
+    expected = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.allclose(logits(loaded), expected, atol=1e-4)
+
+
+def test_compiled_model_saves_and_loads(base_dir, tmp_path):
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config())
+    train_steps(model, 2)
+    expected = logits(model)
+    # traced but not compiled: which keys and hooks there are does not depend on the compiler
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(logits(compiled), expected, atol=1e-5)
+    compiled.save_pretrained(tmp_path)
+    loaded = load_llama(base_dir, "dense")
+    loaded.load_adapter(str(tmp_path))
+    assert torch.allclose(logits(torch.compile(loaded, backend="eager")), expected, atol=1e-5)
+    assert all(not layer.loqt_seal["default"].any() for _, layer in loqt_layers(loaded))
 
 
 def test_auto_class(base_dir, tmp_path):

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -146,9 +147,18 @@ def test_best_model_is_loaded_back_across_switches(tmp_path):
 ###############################
 
 
-# forks from a process that has imported everything and computed nothing
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["test_checkpoint"])
+@pytest.fixture(scope="module")
+def forkserver():
+    """Forks from a process that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_checkpoint"])
+    with pytest.MonkeyPatch.context() as patch:
+        # the server of Python 3.11 does not take over sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        first = context.Process(target=get_last_checkpoint, args=("nowhere",))
+        first.start()
+        first.join()
+        yield context
 
 
 def train_from_last_checkpoint(folder):
@@ -171,37 +181,39 @@ def saved(checkpoint):
     }
 
 
-def test_killed_training_resumes_to_the_same_bits(tmp_path, pytestconfig):
+def test_killed_training_resumes_to_the_same_bits(forkserver, tmp_path, pytestconfig):
     """50 kills: `pytest tests/test_checkpoint.py -k killed --kills 50 -s`."""
     run(tmp_path / "straight", save_steps=STEPS)
     expected = saved(tmp_path / "straight" / "checkpoint-40")
     folder, generator = tmp_path / "killed", random.Random(0)
-    warm_up = FORKSERVER.Process(target=get_last_checkpoint, args=(str(folder),))
-    warm_up.start()
-    warm_up.join()
-    kills = incomplete = ends = 0
-    while kills < pytestconfig.getoption("kills") or folder.exists() or not ends:
-        process = FORKSERVER.Process(target=train_from_last_checkpoint, args=(str(folder),))
+    wanted = pytestconfig.getoption("kills")
+    kills = resumable = incomplete = ends = 0
+    while kills < wanted or folder.exists() or not ends:
+        process = forkserver.Process(target=train_from_last_checkpoint, args=(str(folder),))
         process.start()
-        process.join(generator.uniform(0.2, 4) if kills < pytestconfig.getoption("kills") else None)
+        process.join(generator.uniform(0.2, 4) if kills < wanted else None)
         if process.exitcode is None:
             process.kill()
             process.join()
             kills += 1
             newest = newest_checkpoint(folder) if folder.is_dir() else None
+            resumable += get_last_checkpoint(folder) is not None
             incomplete += newest is not None and newest != get_last_checkpoint(folder)
         else:
             assert process.exitcode == 0
             assert same(saved(folder / "checkpoint-40"), expected)
             ends += 1
             shutil.rmtree(folder)
-    print(f"{kills} kills, {incomplete} of them with an incomplete checkpoint; {ends} runs ended, with the same bits")
+    print(
+        f"{kills} kills, {resumable} resumed from a checkpoint, {incomplete} past an incomplete one; "
+        f"{ends} runs ended, all with the same bits"
+    )
 
 
-def test_full_disk_leaves_earlier_checkpoints_whole(tmp_path):
+def test_full_disk_leaves_earlier_checkpoints_whole(forkserver, tmp_path):
     run(tmp_path, save_steps=4, max_steps=4)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    process = FORKSERVER.Process(target=train_without_room, args=(str(tmp_path),))
+    process = forkserver.Process(target=train_without_room, args=(str(tmp_path),))
     process.start()
     process.join()
     assert process.exitcode == 1

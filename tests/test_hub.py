@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,17 @@ def test_push_in_the_middle_of_training_is_whole(session):
         assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == step
         assert "last-checkpoint/optimizer.pt" in files
         assert "## LoQT\n" in files["last-checkpoint/README.md"].decode()
+
+
+@pytest.mark.parametrize("loader", ["", " transformers"])
+def test_every_kind_of_adapter_is_the_same_after_a_pull(session, loader):
+    names = [
+        key.removesuffix(".logits") for key in session.pushed if re.match(r"(dense|4bit|4bit-double)-.*logits", key)
+    ]
+    assert len(names) == 18
+    for name in names:
+        for what in ("logits", "tokens"):
+            assert torch.equal(session.pulled[f"{name}{loader}.{what}"], session.pushed[f"{name}.{what}"]), name
 
 
 def test_resume_from_a_pulled_checkpoint_is_bit_identical(session):
