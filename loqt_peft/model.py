@@ -114,7 +114,7 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
         warnings.warn(warning, stacklevel=2)
 
 
-def _tie_weights_after_load(model: nn.Module, _incompatible_keys) -> None:
+def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
     # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
     if hasattr(model, "tie_weights"):
         model.tie_weights()
