@@ -130,10 +130,7 @@ def export_command(options: argparse.Namespace) -> None:
 
     quantization_config = trained_quantization(options.adapter, options.revision)
     model = load_base(config, base, options.dtype, options.device, quantization_config)
-    try:
-        model = PeftModel.from_pretrained(model, options.adapter, revision=options.revision)
-    except RuntimeError as error:
-        raise ValueError(f"The adapter does not fit the base model {base!r}: {error}") from error
+    model = PeftModel.from_pretrained(model, options.adapter, revision=options.revision)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     report = model.export(
         output_dir, options.to, rank=options.rank, dtype=dtype, overwrite=options.overwrite, progressbar=True

@@ -181,11 +181,11 @@ def sample(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="40 steps in place of 800, and less validation text")
+    parser.add_argument("--fast", action="store_true", help="40 steps in place of 640, and less validation text")
     parser.add_argument("--steps", type=int, help="steps of each run")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
-    steps = options.steps or (40 if options.fast else 800)
+    steps = options.steps or (40 if options.fast else 640)
     if steps < 2:
         parser.error("--steps must be at least 2")
 

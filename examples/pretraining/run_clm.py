@@ -38,9 +38,8 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from loqt_peft import LoQTConfig, LoQTTrainerCallback
+from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -206,14 +205,14 @@ def parse_arguments(argv: Sequence[str] | None):
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, or else the last one in `output_dir`."""
+    """The checkpoint to go on from: the one asked for, or else the last complete one in `output_dir`."""
     if not args.do_train:
         return None
     if args.resume_from_checkpoint is not None:
         if not os.path.isdir(args.resume_from_checkpoint):
             raise BadInput(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such directory")
         return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    checkpoint = get_last_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.warning(f"Resuming from {checkpoint}. Use another --output_dir to train from the start.")
     return checkpoint
