@@ -111,7 +111,9 @@ class LoQTConfig(PeftConfig):
         metadata={"help": "Updates that the saved adapter has been through. Set by training, not by the user."},
     )
     format_version: int | None = field(
-        default=None, metadata={"help": "Format of the saved adapter. Set when it is saved, not by the user."}
+        default=None,
+        compare=False,
+        metadata={"help": "Format of the saved adapter. Set when it is saved, not by the user."},
     )
 
     def __post_init__(self):

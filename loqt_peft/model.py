@@ -24,6 +24,9 @@ from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
 if TYPE_CHECKING:
     from .export import ExportReport
 
+# in the names of modules, but not in those of the state dict
+_FSDP_PREFIX = "_fsdp_wrapped_module."
+
 SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
 
@@ -73,7 +76,10 @@ def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.P
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
-    return {name: layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
+    """The layers of an adapter, by their names in the state dict."""
+    return {
+        name.removeprefix(_FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
+    }
 
 
 def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict[str, str]:
@@ -81,6 +87,7 @@ def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict
     names = {name: name for name in full_rank_parameters(model, config)}
     for module_name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
+            module_name = module_name.removeprefix(_FSDP_PREFIX)
             for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
                 names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
     return {canonical(key): name for key, name in names.items()}
