@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -331,9 +332,11 @@ def test_the_same_base_in_another_precision_is_the_same_base(base_dir, adapter_d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_matrices_keep_the_dtype_that_they_were_saved_in(base_dir, tmp_path, dtype):
     model = get_peft_model(
-        load_llama(base_dir, "dense", dtype), loqt_config(quantize_weight=None, quantize_projection=None)
+        load_llama(base_dir, "dense", dtype),
+        loqt_config(quantize_weight=None, quantize_projection=None, update_interval=2),
     )
-    train_steps(model, 2)
+    # the last step is not an update, so that B is not zero
+    train_steps(model, 4)
     model.save_pretrained(tmp_path)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     for low_cpu_mem_usage in (False, True):
@@ -391,6 +394,19 @@ def test_adapter_of_format_1_is_still_read():
     for name, layer in loqt_layers(model.base_model.model):
         assert torch.equal(layer.effective_weight("default"), expected[name])
     assert model.peft_config["default"].num_updates == 3
+
+
+def test_layers_that_traded_places_are_refused(tmp_path):
+    # seals and all; the base under them is not compared where it makes no difference
+    model = get_peft_model(small_llama(), loqt_config(full_rank_modules="all"))
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    traded = {"q_proj": "k_proj", "k_proj": "q_proj"}
+    state = {re.sub("q_proj|k_proj", lambda match: traded[match[0]], key): value for key, value in state.items()}
+    save_file(state, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not match their checksums: model\.layers\.0\.self_attn\.k_proj"):
+        PeftModel.from_pretrained(small_llama(), tmp_path)
 
 
 ###############################
@@ -471,5 +487,6 @@ def test_a_corrupted_adapter_is_refused_or_loaded_exactly(base_dir, adapter_dir,
         else:
             assert torch.equal(actual, expected), f"silently wrong: {what}"
         shutil.rmtree(folder)
+    print(f"{cases} corrupted adapters: {refused} refused, {cases - refused} loaded exactly")
     # the rest are faults without effect on the model, such as another update interval
     assert refused > cases // 2
