@@ -98,6 +98,15 @@ def _embedding_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if any(module is e for e in embeddings)}
 
 
+def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
+    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
+    replaced = {f"{name}.base_layer.weight" for name in _layers_of(model, adapter_name)}
+    return any(
+        not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)
+        for name, _ in model.named_parameters()
+    )
+
+
 def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """See `verify_adapter`; what `modules_to_save` brings has its name in the model already."""
     names = _rest_names(model, config, adapter_name)
@@ -115,7 +124,7 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
         {key: own[name] for key, name in names.items()},
         adapter_name,
         adapter,
-        base_is_needed=config.full_rank_modules != "all",
+        base_is_needed=_uses_base(model, adapter_name, set(names.values())),
     )
     if warning:
         warnings.warn(warning, stacklevel=2)

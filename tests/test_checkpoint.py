@@ -321,6 +321,18 @@ def test_adapter_for_another_base_that_replaces_all_of_it_is_loaded(tmp_path):
         PeftModel.from_pretrained(small_llama(seed=1), tmp_path / "undrifted")
 
 
+def test_4bit_layers_that_are_not_targeted_belong_to_the_base(base_dir, tmp_path):
+    # full_rank_modules="all" cannot train what is quantized, so the adapter does not hold it
+    model = get_peft_model(
+        load_llama(base_dir, "4bit"), loqt_config(target_modules=["q_proj"], full_rank_modules="all")
+    )
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path / "adapter")
+    small_llama(seed=1, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other base weights"):
+        PeftModel.from_pretrained(load_llama(tmp_path / "other", "4bit"), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("base", ["dense", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_same_base_in_another_precision_is_the_same_base(base_dir, adapter_dir, base, dtype):
