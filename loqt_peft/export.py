@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .layer import LoQTLayer
+from .layer import LoQTLayer, dense_layer, source_class
 from .model import LoQTModel, full_rank_parameters
 from .quantization import QUANT_TYPES, undo_cpu_packing
 from .update import loqt_layers
@@ -213,33 +213,6 @@ def _check_ranks(model: PreTrainedModel, adapter_name: str, rank: int | float) -
 ###############################
 
 
-def _source_class(base_layer: nn.Module) -> type[nn.Module]:
-    # transformers replaces Conv1D by a Linear4bit when it quantizes, and leaves the original class in this attribute
-    return getattr(base_layer, "source_cls", type(base_layer))
-
-
-def _dense_layer(base_layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-    """The base layer with another weight, `[out, in]`, as `nn.Linear` or `Conv1D`."""
-    transposed = issubclass(_source_class(base_layer), Conv1D)
-    if isinstance(base_layer, bnb.nn.Linear4bit):
-        bias, training = base_layer.bias, base_layer.training
-        with torch.device("meta"):
-            if transposed:
-                base_layer = Conv1D(base_layer.out_features, base_layer.in_features)
-            else:
-                base_layer = nn.Linear(base_layer.in_features, base_layer.out_features, bias=bias is not None)
-        base_layer.bias = bias
-        base_layer.train(training)
-    weight = weight.T if transposed else weight
-    original = base_layer.weight
-    if (original.shape, original.dtype, original.device) == (weight.shape, dtype, weight.device):
-        # no second copy of the model beside weights that are mapped from a file
-        original.copy_(weight)
-    else:
-        base_layer.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
-    return base_layer
-
-
 def _4bit_layer(
     base_layer: nn.Module,
     weight: torch.Tensor,
@@ -258,7 +231,7 @@ def _4bit_layer(
             compress_statistics=double_quant,
             quant_type=quant_type,
         )
-    layer.source_cls = _source_class(base_layer)
+    layer.source_cls = source_class(base_layer)
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=double_quant, quant_type=quant_type, module=layer
     ).to(weight.device)
@@ -336,14 +309,14 @@ def to_dense(
     errors = _convert_layers(
         tuner,
         adapter_name,
-        lambda base, weight, base_dtype: _dense_layer(base, weight, dtype or base_dtype),
+        lambda base, weight, base_dtype: dense_layer(base, weight, dtype or base_dtype),
         progressbar,
     )
     for name in [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]:
         layer = model.get_submodule(name)
         undo_cpu_packing(layer.weight)
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        model.set_submodule(name, _dense_layer(layer, weight, dtype or weight.dtype))
+        model.set_submodule(name, dense_layer(layer, weight, dtype or weight.dtype))
         layer.weight = None
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
@@ -24,6 +25,39 @@ if TYPE_CHECKING:
 
 # of the int64 buffer `loqt_state`
 NUM_UPDATES, UPDATE_PENDING = 0, 1
+
+
+def source_class(base_layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer before transformers quantized it: a `Linear4bit` may stand for a `Conv1D`."""
+    return getattr(base_layer, "source_cls", type(base_layer))
+
+
+def dense_layer(base_layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    """A base layer with another weight; in place of a `Linear4bit` a new `nn.Linear` or `Conv1D`.
+
+    Args:
+        base_layer (`nn.Module`): `nn.Linear`, `Conv1D` or `Linear4bit`.
+        weight (`torch.Tensor`): `[out, in]`.
+        dtype (`torch.dtype`): Of the layer's weight.
+    """
+    transposed = issubclass(source_class(base_layer), Conv1D)
+    if isinstance(base_layer, bnb.nn.Linear4bit):
+        bias, training = base_layer.bias, base_layer.training
+        with torch.device("meta"):
+            if transposed:
+                base_layer = Conv1D(base_layer.out_features, base_layer.in_features)
+            else:
+                base_layer = nn.Linear(base_layer.in_features, base_layer.out_features, bias=bias is not None)
+        base_layer.bias = bias
+        base_layer.train(training)
+    weight = weight.T if transposed else weight
+    original = base_layer.weight
+    if (original.shape, original.dtype, original.device) == (weight.shape, dtype, weight.device):
+        # no second copy of the model beside weights that are mapped from a file
+        original.copy_(weight)
+    else:
+        base_layer.weight = nn.Parameter(weight.to(dtype, copy=True).contiguous(), requires_grad=False)
+    return base_layer
 
 
 class Switch(NamedTuple):
@@ -386,9 +420,11 @@ class LoQTLayer(BaseTunerLayer):
             weight.data = weight.data.to(device)
 
     def restore_base(self) -> None:
-        """Bring the original base weight back to the device, for good."""
+        """Bring the original base layer back to the device and to its own ways, for good."""
         self.require_base("Unloading the adapter")
         self._move_base(self._compute_device())
+        if self.quantization_backend is not None:
+            self.get_base_layer().support_avx512bf16_for_cpu = self._repacks_on_cpu
 
     def _apply(self, fn, recurse=True):
         module = super()._apply(fn, recurse)
@@ -665,24 +701,12 @@ class Linear(LoQTLayer, nn.Module):
         """
         if not merge:
             self.restore_base()
-            if self.quantization_backend is not None:
-                self.get_base_layer().support_avx512bf16_for_cpu = self._repacks_on_cpu
         elif self.quantization_backend is None:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             weight = self.merged_weight(self.merged_adapters + self._adapters_to_merge(adapter_names), safe_merge)
-            base_layer = self.get_base_layer()
-            bias = base_layer.bias
-            with torch.device("meta"):
-                # what transformers had replaced by the 4-bit layer
-                if getattr(base_layer, "source_cls", None) is Conv1D:
-                    dense, weight = Conv1D(self.out_features, self.in_features), weight.T
-                else:
-                    dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
-            dense.weight = nn.Parameter(weight.to(self.weight_dtype).contiguous(), requires_grad=False)
-            dense.bias = bias
             # PEFT takes weight and bias of the module that replaces this one from here
-            self.base_layer = dense
+            self.base_layer = dense_layer(self.get_base_layer(), weight, self.weight_dtype)
         return self.get_base_layer()
 
     def unmerge(self) -> None:

@@ -105,9 +105,10 @@ def loqt_section(config: LoQTConfig, subfolder: str | None = None) -> str:
 
 def _settings(config: LoQTConfig) -> Iterable[str]:
     inherited = {field.name for field in fields(PeftConfig)}
+    values = config.to_dict()
     for field in fields(config):
         if field.name not in inherited:
-            value = getattr(config, field.name)
+            value = values[field.name]
             value = sorted(value) if isinstance(value, set) else value
             cells = (f"`{field.name}`", f"`{value!r}`", field.metadata["help"])
             yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"

@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 from common import load_llama, loqt_config, tiny_llama, token_batch, train_steps
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -443,14 +443,17 @@ import json, sys
 sys.modules["loqt_peft"] = None
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 base, folder = sys.argv[1:]
-tokens = torch.load(folder + "/tokens.pt")
+tokens = load_file(folder + "/tokens.safetensors")["tokens"]
 dense = AutoModelForCausalLM.from_pretrained(folder + "/dense")
 four = AutoModelForCausalLM.from_pretrained(folder + "/bnb-4bit")
 lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder + "/lora")
+models = {"dense": dense, "bnb-4bit": four, "lora": lora}
 with torch.no_grad():
-    torch.save([model.eval()(input_ids=tokens).logits for model in (dense, four, lora)], folder + "/logits.pt")
+    logits = {to: model.eval()(input_ids=tokens).logits for to, model in models.items()}
+save_file(logits, folder + "/logits.safetensors")
 """
 
 
@@ -464,13 +467,13 @@ def test_all_load_without_this_package(tied_dir, tmp_path):
         model = trained(tied_dir, full_rank_modules="all")
         expected = logits(model)
         model.export(tmp_path / to, to, rank=64 if to == "lora" else None)
-    torch.save(token_batch(99), tmp_path / "tokens.pt")
+    save_file({"tokens": token_batch(99)}, tmp_path / "tokens.safetensors")
     result = run("-c", LOADER, tied_dir, tmp_path)
     assert result.returncode == 0, result.stderr
-    dense, four, lora = torch.load(tmp_path / "logits.pt")
-    assert torch.allclose(dense, expected, atol=1e-5)
-    assert torch.equal(four, logits(model.base_model.model))
-    assert torch.allclose(lora, expected, atol=1e-4)
+    loaded = load_file(tmp_path / "logits.safetensors")
+    assert torch.allclose(loaded["dense"], expected, atol=1e-5)
+    assert torch.equal(loaded["bnb-4bit"], logits(model.base_model.model))
+    assert torch.allclose(loaded["lora"], expected, atol=1e-4)
 
 
 ###############################
@@ -485,7 +488,7 @@ def adapter_dir(base_dir, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    torch.save(logits(model), path / "logits.pt")
+    save_file({"logits": logits(model)}, path / "logits.safetensors")
     return path
 
 
@@ -503,7 +506,7 @@ def test_command(base_dir, adapter_dir, tmp_path, capsys, to):
     else:
         loaded = AutoModelForCausalLM.from_pretrained(out)
     atol = 1.0 if to == "bnb-4bit" else 1e-4
-    assert torch.allclose(logits(loaded), torch.load(adapter_dir / "logits.pt"), atol=atol)
+    assert torch.allclose(logits(loaded), load_file(adapter_dir / "logits.safetensors")["logits"], atol=atol)
 
 
 @pytest.mark.parametrize("base", BASES)
