@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from common import Blocks, convert_smollm2, markdown_table, provenance, review_blocks, write_json, write_markdown
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
@@ -39,6 +40,7 @@ else:
 import torch
 from pathlib import Path
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 folder, base, _, blocks = sys.argv[1:]
 if Path(folder, "adapter_config.json").exists():
@@ -47,7 +49,7 @@ else:
     model = AutoModelForCausalLM.from_pretrained(folder)
 model.eval()
 with torch.no_grad():
-    losses = [model(input_ids=part, labels=part).loss.item() for part in torch.load(blocks).split(4)]
+    losses = [model(input_ids=part, labels=part).loss.item() for part in load_file(blocks)["blocks"].split(4)]
 print(json.dumps(math.exp(sum(losses) / len(losses))))
 """
 
@@ -138,8 +140,8 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        adapter, blocks = options.adapter or folder / "adapter", folder / "blocks.pt"
-        torch.save(validation, blocks)
+        adapter, blocks = options.adapter or folder / "adapter", folder / "blocks.safetensors"
+        save_file({"blocks": validation}, blocks)
         if not (adapter / "adapter_config.json").exists():
             train(options, training, adapter)
 
