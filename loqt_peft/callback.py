@@ -6,7 +6,7 @@ import sys
 
 import bitsandbytes as bnb
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
@@ -71,7 +71,8 @@ class LoQTTrainerCallback(TrainerCallback):
             print(self._summary(model, state), flush=True)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        begin_step(model, state.global_step)
+        # the Trainer sets it before each forward pass
+        begin_step(model, state.global_step, lambda: GradientState().sync_gradients)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._update = end_step(model, optimizer)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .projection import expand, is_right, pseudo_inverse
+from .projection import is_right, pseudo_inverse
 from .quantization import DenseFormat, FourBitFormat
 
 
@@ -54,22 +54,34 @@ def compensate(
     right = is_right(W.shape)
     # the pair that the iteration starts from: nothing in B
     weight = storage.pack(W)
-    residual = W - storage.unpack(weight)
+    residual = torch.sub(W, storage.unpack(weight))
     r = P.shape[0] if right else P.shape[1]
     B = torch.zeros((W.shape[0], r) if right else (r, W.shape[1]), dtype=dtype, device=W.device)
-    error_before = residual.square().sum()
+    error_before = _squared_norm(residual)
     best = Compensated(weight, B, error_before, error_before)
-    # stored without loss (float32, or already on the levels): there is nothing to take up
-    if steps == 0 or not error_before.item():
+    if steps == 0 or storage.is_lossless:
         return best
     inverse = pseudo_inverse(P, right) / scale
     for step in range(steps):
         B = (residual @ inverse if right else inverse @ residual).to(dtype)
-        low_rank = scale * expand(P, B.float(), right)
-        error = (residual - low_rank).square().sum()
-        if error < best.error_after:
-            best = Compensated(weight, B, error_before, error)
+        left_factor, right_factor = (B.float(), P) if right else (P, B.float())
+        error = _squared_norm(residual.addmm_(left_factor, right_factor, alpha=-scale))
+        # chosen on the device, which nobody waits for
+        better = error < best.error_after
+        best = Compensated(
+            torch.where(better, weight, best.weight),
+            torch.where(better, B, best.B),
+            error_before,
+            torch.where(better, error, best.error_after),
+        )
         if step + 1 < steps:
-            weight = storage.pack(W - low_rank)
-            residual = W - storage.unpack(weight)
+            # the memory of the residual serves W − s·PB and the next residual in turn
+            torch.addmm(W, left_factor, right_factor, alpha=-scale, out=residual)
+            weight = storage.pack(residual)
+            torch.sub(W, storage.unpack(weight), out=residual)
     return best
+
+
+def _squared_norm(X: torch.Tensor) -> torch.Tensor:
+    # without a matrix of squares
+    return torch.linalg.vector_norm(X).square()

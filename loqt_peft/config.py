@@ -17,6 +17,7 @@ from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
 
 OPTIMIZER_STATES = ("keep", "reset", "rotate")
 RETAIN_BASE = ("device", "cpu", "drop")
+UPDATE_MODES = ("backward", "stagger", "whole")
 
 
 @dataclass
@@ -99,9 +100,20 @@ class LoQTConfig(PeftConfig):
             "further adapters are impossible."
         },
     )
-    offload_gradients: bool = field(
-        default=False,
-        metadata={"help": "Keep the gradients of an update step on the CPU, one layer at a time on the device."},
+    update_mode: Literal["backward", "stagger", "whole"] = field(
+        default="backward",
+        metadata={
+            "help": "How an update step bounds the memory of its gradients. 'backward': each layer's gradient is made into P "
+            "within the step's last backward pass, and freed. 'stagger': one block of the model is updated at a time, on "
+            "consecutive steps. 'whole': the gradients of all layers are kept until the optimizer has stepped."
+        },
+    )
+    offload_gradients: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the gradients that an update step must keep between backward passes lie on the CPU. None: with "
+            "update_mode='backward', where only sums over micro-batches or processes are kept."
+        },
     )
     init_weights: bool = field(
         default=True, metadata={"help": "False: a random adapter that is not the identity. For tests."}
@@ -171,8 +183,11 @@ class LoQTConfig(PeftConfig):
         )
         choice("quantize_weight", (*QUANT_TYPES, None))
         choice("quantize_projection", (*QUANT_TYPES, None))
-        for name in ("double_quant", "offload_gradients", "init_weights"):
+        for name in ("double_quant", "init_weights"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
+        choice("update_mode", UPDATE_MODES)
+        offload = self.offload_gradients
+        check("offload_gradients", offload is None or isinstance(offload, bool), "True, False or None")
         at_least("compensation_steps", 0)
         at_least("update_interval", 1)
         choice("interval_schedule", INTERVAL_SCHEDULES)

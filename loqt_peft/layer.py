@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -16,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
 from .compensation import compensate
-from .projection import captured_energy, expand, is_right, project, projection_shape, trainable_shape
+from .projection import captured_energy, expand, gram, is_right, project, projection_shape, trainable_shape
 from .quantization import storage_format, undo_cpu_packing
 
 
@@ -78,6 +81,20 @@ class Switch(NamedTuple):
     statistics: torch.Tensor
 
 
+class Projected(NamedTuple):
+    """What a switch needs of a gradient.
+
+    Attributes:
+        P (`torch.Tensor`): The new projection, in its storage format; the old one if the gradient is zero.
+        energies (`torch.Tensor`): float32 `[2]`: squared norms of the gradient within the span of P, and of the gradient.
+        finite (`torch.Tensor`): 0-d bool; if false, P is of no use.
+    """
+
+    P: torch.Tensor
+    energies: torch.Tensor
+    finite: torch.Tensor
+
+
 class _GradientTap(torch.autograd.Function):
     """Identity on a layer's output that adds dL/dW = (dL/dy)ᵀ x to the layer's sink in backward."""
 
@@ -91,6 +108,42 @@ class _GradientTap(torch.autograd.Function):
     def backward(ctx, grad_output: torch.Tensor):
         ctx.layer.accumulate_gradient(grad_output, ctx.saved_tensors[0])
         return grad_output, None, None
+
+
+# the layers of compiled models that record gradients, by their `_capture_id`: a compiled graph holds no Python object
+_capturing: weakref.WeakValueDictionary[int, LoQTLayer] = weakref.WeakValueDictionary()
+_capture_ids = itertools.count()
+
+
+@torch.library.custom_op("loqt_peft::record_gradient", mutates_args=("token",))
+def _record_gradient(grad_output: torch.Tensor, x: torch.Tensor, token: torch.Tensor, capture_id: int) -> None:
+    layer = _capturing.get(capture_id)
+    if layer is not None:
+        layer.accumulate_gradient(grad_output, x)
+
+
+@_record_gradient.register_fake
+def _(grad_output, x, token, capture_id) -> None:
+    pass
+
+
+class _CompiledGradientTap(torch.autograd.Function):
+    """[`_GradientTap`] without a Python object, for `torch.compile`.
+
+    The token only says that the recording changes something, and so must not be left out.
+    """
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, x: torch.Tensor, token: torch.Tensor, capture_id: int) -> torch.Tensor:
+        ctx.save_for_backward(x, token)
+        ctx.capture_id = capture_id
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        x, token = ctx.saved_tensors
+        _record_gradient(grad_output, x, token, ctx.capture_id)
+        return grad_output, None, None, None
 
 
 def _place_base_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
@@ -140,9 +193,17 @@ class LoQTLayer(BaseTunerLayer):
         # of a dropped base
         self._base_sample: tuple[int, torch.Tensor] | None = None
 
-        self.capturing = False
+        # name of the adapter whose update the gradient is recorded for
+        self._captured_adapter: str | None = None
         self._offload_gradients = False
+        self._is_last_backward: Callable[[], bool] | None = None
+        self._capture_id = next(_capture_ids)
+        self._capture_token = torch.zeros(1)
+        # forward passes of this step whose backward pass has not come by
+        self._calls = 0
         self._gradient: torch.Tensor | None = None
+        self._projected: Projected | None = None
+        self._attended = False
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -219,7 +280,12 @@ class LoQTLayer(BaseTunerLayer):
     def is_drifted(self, adapter_name: str) -> bool:
         """Whether the adapter has been through a switch, so that it holds a weight of its own."""
         # a slot may have been allocated, but nothing loaded into it
-        return adapter_name in self.loqt_weight and self.num_updates(adapter_name) > 0
+        return adapter_name in self.loqt_weight and self._has_updates(adapter_name)
+
+    # a graph is compiled anew when a slot comes or goes
+    @torch.compiler.assume_constant_result
+    def _has_updates(self, adapter_name: str) -> bool:
+        return self.num_updates(adapter_name) > 0
 
     def tensor_shapes(self, adapter_name: str) -> dict[str, torch.Size]:
         """Shapes of the tensors that a saved adapter holds of this layer."""
@@ -351,7 +417,9 @@ class LoQTLayer(BaseTunerLayer):
             weight = self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
         else:
             weight = self._base_weight()
-        return weight + self.low_rank_weight(adapter_name)
+        B, P = self.loqt_B[adapter_name].detach().float(), self.projection(adapter_name)
+        # without a matrix for the product
+        return torch.addmm(weight, *((B, P) if self.right else (P, B)), alpha=self.scaling[adapter_name])
 
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
@@ -437,26 +505,59 @@ class LoQTLayer(BaseTunerLayer):
     # Capture and switch
     ###############################
 
-    def start_capture(self, offload: bool) -> None:
+    def attend(self) -> None:
+        """Updates are asked for, even if this layer's turn has not come."""
+        self._attended = True
+
+    @property
+    def capturing(self) -> bool:
+        """Whether gradients are recorded."""
+        return self._captured_adapter is not None
+
+    def start_capture(
+        self, adapter_name: str, offload: bool, is_last_backward: Callable[[], bool] | None = None
+    ) -> None:
         """Record dL/dW from now on, in the backward passes of this layer.
 
         Args:
-            offload (`bool`): Keep the gradient on the CPU.
+            adapter_name (`str`): The adapter that will be updated.
+            offload (`bool`): Keep on the CPU what has to be kept of the gradient between backward passes.
+            is_last_backward (`Callable`, *optional*):
+                Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
+                gradient is complete, and the gradient is freed. `None`: the gradient is kept.
         """
-        self.capturing = True
+        self.stop_capture()
+        if _capturing.get(self._capture_id, self) is not self:
+            # this layer is a copy
+            self._capture_id = next(_capture_ids)
+        _capturing[self._capture_id] = self
+        self._captured_adapter = adapter_name
         self._offload_gradients = offload
-        self._gradient = None
+        self._is_last_backward = is_last_backward
 
-    def stop_capture(self) -> torch.Tensor | None:
-        """Stop recording and hand over the gradient, float32 `[out, in]`; `None` if no backward pass came by."""
-        gradient, self._gradient = self._gradient, None
-        self.capturing = False
-        return gradient
+    def stop_capture(self) -> tuple[torch.Tensor | None, Projected | None]:
+        """Stop recording and hand over what there is.
+
+        Returns:
+            The gradient, float32 `[out, in]`, or what was made of it; both `None` if no backward pass came by.
+        """
+        captured = self._gradient, self._projected
+        self._captured_adapter = self._is_last_backward = self._gradient = self._projected = None
+        self._calls = 0
+        return captured
 
     @property
     def captured_gradient(self) -> torch.Tensor | None:
-        """What has been recorded so far."""
+        """What has been recorded so far, and not yet been made into a projection."""
         return self._gradient
+
+    @property
+    def captured_is_finite(self) -> torch.Tensor | None:
+        """Whether what was recorded is finite: a 0-d tensor; `None` if nothing was."""
+        if self._projected is not None:
+            return self._projected.finite
+        # a sum is finite only if every term is
+        return None if self._gradient is None else torch.isfinite(self._gradient.sum())
 
     @torch.no_grad()
     def accumulate_gradient(self, grad_output: torch.Tensor, x: torch.Tensor) -> None:
@@ -465,55 +566,96 @@ class LoQTLayer(BaseTunerLayer):
         Args:
             grad_output (`torch.Tensor`): dL/dy, `[..., out]`.
             x (`torch.Tensor`): The layer's input, `[..., in]`.
+
+        Raises:
+            RuntimeError: If a backward pass follows the one that was said to be the last.
         """
+        if self._projected is not None:
+            raise RuntimeError(
+                "A backward pass follows the one that was said to be the step's last. Call `begin_step(step, "
+                "is_last_backward)` with a function that is true in the last backward pass before `optimizer.step()` only, "
+                "or without one."
+            )
         grad_output = grad_output.reshape(-1, self.out_features)
         # the fp16 loss scale suits dL/dy, but a sum over all tokens would overflow
         if grad_output.dtype == torch.float16:
             grad_output = grad_output.float()
-        gradient = grad_output.T @ x.reshape(-1, self.in_features).to(grad_output.dtype)
-        gradient = gradient.to("cpu" if self._offload_gradients else gradient.device, torch.float32)
-        if self._gradient is None:
-            self._gradient = gradient
+        gradient = (grad_output.T @ x.reshape(-1, self.in_features).to(grad_output.dtype)).float()
+        # a module may run several times in a forward pass
+        self._calls -= 1
+        if self._gradient is not None:
+            gradient.add_(self._gradient.to(gradient.device, non_blocking=True))
+        if self._calls == 0 and self._is_last_backward is not None and self._is_last_backward():
+            self._gradient = None
+            self._projected = self.project_gradient(self._captured_adapter, gradient)
+        elif self._offload_gradients and self._calls <= 0:
+            self._gradient = self._on_host(gradient)
         else:
-            self._gradient.add_(gradient)
+            self._gradient = gradient
+
+    def _on_host(self, gradient: torch.Tensor) -> torch.Tensor:
+        host = self._gradient
+        if host is None or host.device.type != "cpu":
+            host = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
+        # in the order of the device's stream, and so is all that reads it
+        return host.copy_(gradient, non_blocking=True)
 
     @torch.no_grad()
-    def compute_switch(self, adapter_name: str, gradient: torch.Tensor | None) -> Switch:
-        """Merge, project, compensate (paper Algorithm 1, lines 5-10), without writing anything.
+    def project_gradient(self, adapter_name: str, gradient: torch.Tensor) -> Projected:
+        """From dL/dW to P (paper Algorithm 1, line 7). Nothing here waits for the device.
 
         Args:
             adapter_name (`str`): The adapter.
-            gradient (`torch.Tensor`, *optional*):
-                dL/dW at the merged weight, float32 `[out, in]`. `None` or all zeros keeps P.
+            gradient (`torch.Tensor`): dL/dW at the merged weight, float32 `[out, in]`; used up.
+
+        Returns:
+            [`Projected`]
+        """
+        projection_format = self.projection_format(adapter_name)
+        finite = torch.isfinite(gradient.sum())
+        # a decomposition must not see what is not finite
+        gradient.masked_fill_(~finite, 0)
+        energy = torch.linalg.vector_norm(gradient).square()
+        new = projection_format.pack(project(gradient, self.r[adapter_name], self.config[adapter_name].projection))
+        P = torch.where(energy > 0, new, self.loqt_P[adapter_name])
+        captured = captured_energy(gradient, projection_format.unpack(P))
+        return Projected(P, torch.stack([captured, energy]), finite)
+
+    @torch.no_grad()
+    def compute_switch(self, adapter_name: str, projected: Projected | None) -> Switch:
+        """Merge and compensate (paper Algorithm 1, lines 5-10), without writing anything.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            projected ([`Projected`], *optional*): The new projection; `None` keeps the old one.
 
         Returns:
             [`Switch`]
         """
-        config, scaling, r = self.config[adapter_name], self.scaling[adapter_name], self.r[adapter_name]
         B = self.loqt_B[adapter_name]
         W = self.effective_weight(adapter_name)
-        change = self.low_rank_weight(adapter_name).square().sum()
-        gradient_energy = torch.zeros((), device=W.device) if gradient is None else gradient.square().sum()
-        captured = torch.zeros_like(gradient_energy)
-
-        projection_format = self.projection_format(adapter_name)
-        if gradient_energy.item():
-            P_packed = projection_format.pack(project(gradient, r, config.projection))
-            P = projection_format.unpack(P_packed)
-            captured = captured_energy(gradient, P)
+        if projected is None:
+            P, energies = self.loqt_P[adapter_name], W.new_zeros(2)
         else:
-            P_packed, P = self.loqt_P[adapter_name], self.projection(adapter_name)
-        # P is empty where no gradient has ever come by: nothing can be compensated in its span
-        steps = config.compensation_steps if P.any() else 0
-        weight_format = self.weight_format(adapter_name)
-        new = compensate(W, P, weight_format, scaling, steps, B.dtype)
-        statistics = torch.stack(
-            [
-                value.to(W.device, torch.float64)
-                for value in (change, W.square().sum(), new.error_before, new.error_after, captured, gradient_energy)
-            ]
+            P, energies = projected.P, projected.energies
+        new = compensate(
+            W,
+            # P is zero where no gradient has ever come by: B then stays zero
+            self.projection_format(adapter_name).unpack(P),
+            self.weight_format(adapter_name),
+            self.scaling[adapter_name],
+            self.config[adapter_name].compensation_steps,
+            B.dtype,
         )
-        return Switch(new.weight, P_packed, new.B, statistics)
+        norms = torch.stack([self._squared_change(adapter_name), torch.linalg.vector_norm(W).square()])
+        errors = torch.stack([new.error_before, new.error_after])
+        return Switch(new.weight, P, new.B, torch.cat([norms, errors, energies]).double())
+
+    def _squared_change(self, adapter_name: str) -> torch.Tensor:
+        """‖s·PB‖², 0-d, from the `[r, r]` inner products of both factors."""
+        B, P = self.loqt_B[adapter_name].float(), self.projection(adapter_name)
+        inner_B = B.T @ B if self.right else B @ B.T
+        return self.scaling[adapter_name] ** 2 * (inner_B * gram(P, self.right)).sum()
 
     def empty_switch(self, adapter_name: str) -> Switch:
         """A [`Switch`] of the right shapes and dtypes, to be received from another process."""
@@ -536,7 +678,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def _warn_if_b_cannot_learn(self, adapter_name: str) -> None:
         # P is filled by the first switch; if the optimizer stepped B before that, nobody asks for switches
-        if self.capturing or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
+        if self._attended or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
             return
         version = self.loqt_B[adapter_name]._version
         if self._b_versions.setdefault(adapter_name, version) not in (version, None):
@@ -579,13 +721,23 @@ class Linear(LoQTLayer, nn.Module):
         for adapter_name in adapters:
             y = y + self._low_rank_forward(x, adapter_name)
         y = y.to(dtype)
-        if self.training and torch.is_grad_enabled():
-            if self.capturing:
-                y = _GradientTap.apply(y, x, self)
-            elif not torch.compiler.is_compiling():
-                for adapter_name in adapters:
-                    self._warn_if_b_cannot_learn(adapter_name)
+        if self.training and self.capturing:
+            y = self._tap(x, y)
+        elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for adapter_name in adapters:
+                self._warn_if_b_cannot_learn(adapter_name)
         return y
+
+    def _tap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            # calls are not counted, so that the gradient is kept until the end of the step
+            if torch.is_grad_enabled():
+                y = _CompiledGradientTap.apply(y, x, self._capture_token, self._capture_id)
+            return y
+        # not counted when a checkpointed forward pass runs again, within the backward pass
+        if torch._C._current_graph_task_id() == -1:
+            self._calls += 1
+        return _GradientTap.apply(y, x, self) if torch.is_grad_enabled() else y
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.merged:

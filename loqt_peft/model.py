@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -172,7 +173,7 @@ class LoQTModel(BaseTuner):
 
     ```py
     for step, batch in enumerate(dataloader):
-        model.begin_step(step)
+        model.begin_step(step, lambda: True)  # no gradient accumulation: every backward pass is a step's last
         model(**batch).loss.backward()
         optimizer.step()
         model.end_step(optimizer)
@@ -188,9 +189,9 @@ class LoQTModel(BaseTuner):
     # Training
     ###############################
 
-    def begin_step(self, step: int) -> bool:
+    def begin_step(self, step: int, is_last_backward: Callable[[], bool] | None = None) -> bool:
         """Before the first forward pass of optimizer step `step`; see [`loqt_peft.update.begin_step`]."""
-        return begin_step(self, step)
+        return begin_step(self, step, is_last_backward)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
         """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.update.end_step`]."""

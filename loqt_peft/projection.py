@@ -16,6 +16,8 @@ import torch
 PROJECTIONS = ("svd", "eigh", "randomized")
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
+# share of the mean of the diagonal, where a Gram matrix has lost rank
+RIDGE = 1e-6
 
 
 def is_right(shape: tuple[int, int]) -> bool:
@@ -57,7 +59,7 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
         method (`str`):
             `"svd"`: exact. `"eigh"`: eigenvectors of the Gram matrix of the smaller side, exact up to rounding.
             `"randomized"`: Halko et al.'s range finder with 8 extra directions and 2 power iterations, from a fixed seed
-            that leaves the global random state alone.
+            that leaves the global random state alone. It makes no copy of the gradient, only thin matrices.
 
     Returns:
         `torch.Tensor`:
@@ -74,17 +76,14 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
     # one orientation from here on: the smaller side is the second one
     G = (gradient if right else gradient.T).float()
     # an arbitrary loss scale must not push the Gram matrix out of float32
-    G = G / G.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.linalg.vector_norm(G, torch.inf).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
     if method == "svd":
-        vectors = torch.linalg.svd(G, full_matrices=False).Vh[:r]
+        vectors = torch.linalg.svd(G * scale, full_matrices=False).Vh[:r]
     elif method == "eigh":
+        G = G * scale
         vectors = torch.linalg.eigh(G.T @ G).eigenvectors[:, -r:].flip(1).T
     elif method == "randomized":
-        devices = [G.device] if G.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            q = min(r + OVERSAMPLING, min(G.shape))
-            vectors = torch.svd_lowrank(G, q=q, niter=POWER_ITERATIONS)[2][:, :r].T
+        vectors = _randomized(G, scale, r)
     else:
         raise ValueError(f"projection={method!r} is not allowed: one of {', '.join(map(repr, PROJECTIONS))}.")
     # the sign of a singular vector is arbitrary, and 4-bit rounding is not symmetric
@@ -93,25 +92,47 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
     return (vectors if right else vectors.T).contiguous()
 
 
+def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
+    """The top-r right singular vectors of G `[m, n]`, m >= n, in the rows of `[r, n]`."""
+    m, n = G.shape
+    width = min(r + OVERSAMPLING, n)
+    generator = torch.Generator(G.device if G.device.type == "cuda" else "cpu").manual_seed(0)
+    start = torch.randn(m, width, generator=generator, device=generator.device).to(G.device)
+    # the basis lies on the smaller side, so that it alone has to be orthonormal
+    basis = torch.linalg.qr(G.T @ (start * scale)).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(G.T @ (G @ basis * scale)).Q
+    coordinates = G @ basis * scale
+    rotation = torch.linalg.eigh(coordinates.T @ coordinates).eigenvectors[:, -r:].flip(1)
+    return (basis @ rotation).T
+
+
+def _cholesky(inner: torch.Tensor) -> torch.Tensor:
+    """Cholesky factor of a Gram matrix `[r, r]`; where it has lost rank, of one with a small ridge.
+
+    Nothing here waits for the device.
+    """
+    factor, info = torch.linalg.cholesky_ex(inner)
+    diagonal = inner.diagonal()
+    ridge = RIDGE * diagonal.mean() + torch.finfo(torch.float32).tiny ** 0.5
+    regular = torch.linalg.cholesky_ex(inner + torch.diag_embed(ridge.expand_as(diagonal))).L
+    return torch.where(info > 0, regular, factor)
+
+
 def pseudo_inverse(P: torch.Tensor, right: bool) -> torch.Tensor:
     """P⁺, in the transposed shape of P: `Pᵀ (P Pᵀ)⁻¹` or `(Pᵀ P)⁻¹ Pᵀ`.
 
     P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ. An r x r Cholesky solve; where P has lost
-    rank, the Moore-Penrose inverse of its Gram matrix.
+    rank, that of the least squares with a ridge of 1e-6 of the mean of their diagonal. Of zeros it is zeros.
     """
-    inner = gram(P, right)
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if info.item() == 0:
-        return torch.cholesky_solve(P, factor).T if right else torch.cholesky_solve(P.T, factor)
-    inverse = torch.linalg.pinv(inner, hermitian=True)
-    return P.T @ inverse if right else inverse @ P.T
+    factor = _cholesky(gram(P, right))
+    return torch.cholesky_solve(P, factor).T if right else torch.cholesky_solve(P.T, factor)
 
 
 def captured_energy(gradient: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norm of the part of the gradient that lies in the span of P; a 0-d tensor."""
     right = is_right(gradient.shape)
     coordinates = restrict(gradient, P, right)
-    inverse = pseudo_inverse(P, right)
-    # ‖G P⁺ P‖² = <G P⁺ P, G> = <G P⁺, G Pᵀ>
-    projected = gradient @ inverse if right else inverse @ gradient
-    return (projected * coordinates).sum()
+    coordinates = coordinates.T if right else coordinates
+    # ‖G P⁺ P‖² = <G Pᵀ (P Pᵀ)⁻¹, G Pᵀ>
+    return (torch.cholesky_solve(coordinates, _cholesky(gram(P, right))) * coordinates).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -57,8 +58,33 @@ class UpdateSchedule:
         """All update steps T_i with `start` <= T_i < `stop`, in order."""
         return [step for step in takewhile(lambda step: step < stop, self._steps()) if step >= start]
 
+    @property
+    def smallest_gap(self) -> int:
+        """The smallest number of steps between two updates; no gap is smaller than the first."""
+        return self.gap(0)
+
     def is_update_step(self, step: int) -> bool:
         """Whether `step` (the number of optimizer steps already taken, as the Trainer's `global_step`) is a T_i."""
         if self.kind == "constant":
             return step % self.gap(0) == 0
         return bool(self.update_steps(step + 1, start=step))
+
+
+def staggered_offsets(names: list[str], limit: int) -> list[int]:
+    """By how many steps the update of each layer is put off, so that one block of the model switches at a time.
+
+    Layers belong to one block if their names agree up to their first number, as in `model.layers.3`; a layer without a
+    number is one by itself. Where there are more blocks than `limit`, neighbours share a step.
+
+    Args:
+        names (`list[str]`): Names of the layers, in the order of the model.
+        limit (`int`): Largest number of different offsets: the smallest gap between updates.
+    """
+    blocks: dict[str, int] = {}
+    indices = []
+    for name in names:
+        parts = name.split(".")
+        end = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        indices.append(blocks.setdefault(".".join(parts[: end + 1]), len(blocks)))
+    shared = math.ceil(len(blocks) / limit)
+    return [index // shared for index in indices]

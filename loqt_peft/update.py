@@ -9,7 +9,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .layer import LoQTLayer, Switch
+from .schedule import staggered_offsets
 
 
 logger = logging.getLogger(__name__)
@@ -82,12 +83,16 @@ def _active(layers: list[tuple[str, LoQTLayer]]) -> tuple[str | None, list[tuple
     return next(iter(found.items()), (None, []))
 
 
-def begin_step(model: nn.Module, step: int) -> bool:
+def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool] | None = None) -> bool:
     """Before the first forward pass of an optimizer step: capture gradients if an update is due.
 
     Args:
         model (`nn.Module`): A model with LoQT layers.
         step (`int`): Number of optimizer steps already taken, as the Trainer's `global_step`.
+        is_last_backward (`Callable`, *optional*):
+            Asked within a backward pass whether it is the step's last, as `lambda: accelerator.sync_gradients` or, without
+            gradient accumulation, `lambda: True`. With it, `update_mode="backward"` holds the gradient of one layer at a
+            time; without it, or in a `torch.distributed` run, those of all layers are kept until [`end_step`].
 
     Returns:
         `bool`: Whether the step is an update step, by the schedule or because the last update was postponed.
@@ -108,12 +113,32 @@ def begin_step(model: nn.Module, step: int) -> bool:
         raise ValueError(
             f"Adapter {adapter_name!r} is merged and does not train. Call `model.unmerge_adapter()` first."
         )
-    first = layers[0][1]
-    if not (first.config[adapter_name].schedule.is_update_step(step) or first.update_pending(adapter_name)):
-        return False
+    config = layers[0][1].config[adapter_name]
+    # processes must average before anything is made of a gradient
+    in_backward = config.update_mode == "backward" and not _is_distributed()
+    offload = config.update_mode == "backward" if config.offload_gradients is None else config.offload_gradients
+    due = _due(layers, adapter_name, step)
     for _, layer in layers:
-        layer.start_capture(layer.config[adapter_name].offload_gradients)
-    return True
+        layer.attend()
+    for _, layer in due:
+        layer.start_capture(adapter_name, offload, is_last_backward if in_backward else None)
+    return bool(due)
+
+
+def _due(layers: list[tuple[str, LoQTLayer]], adapter_name: str, step: int) -> list[tuple[str, LoQTLayer]]:
+    """The layers of which an update is due at `step`, or was postponed."""
+    config = layers[0][1].config[adapter_name]
+    schedule = config.schedule
+    if config.update_mode == "stagger":
+        offsets = staggered_offsets([name for name, _ in layers], schedule.smallest_gap)
+    else:
+        offsets = [0] * len(layers)
+    is_due = {offset: step >= offset and schedule.is_update_step(step - offset) for offset in set(offsets)}
+    return [
+        (name, layer)
+        for offset, (name, layer) in zip(offsets, layers, strict=True)
+        if is_due[offset] or layer.update_pending(adapter_name)
+    ]
 
 
 def cancel_step(model: nn.Module) -> None:
@@ -158,21 +183,25 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         return None
 
     config = layers[0][1].config[adapter_name]
-    statistics, without_gradient = [], []
-    for index, (name, layer) in enumerate(layers):
+    for _, layer in layers:
+        # it belongs to the old P, and the switch needs the room
+        layer.loqt_B[adapter_name].grad = None
+    statistics = []
+    for index, (_, layer) in enumerate(layers):
         switch = _switch(layer, adapter_name, index)
         P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
         layer.write_switch(adapter_name, switch)
-        statistics.append(switch.statistics.cpu())
-        if not statistics[-1][5]:
-            without_gradient.append(name)
+        statistics.append(switch.statistics)
         if config.optimizer_state != "keep" and optimizer is not None:
             _treat_optimizer_state(layer, adapter_name, optimizer, P_old)
-    _warn_without_gradient(model, without_gradient)
+    # the host waits for the devices once
+    device = statistics[0].device
+    by_layer = torch.stack([value.to(device, non_blocking=True) for value in statistics]).tolist()
+    _warn_without_gradient(model, [name for (name, _), row in zip(layers, by_layer, strict=True) if not row[5]])
 
     num_updates = layers[0][1].num_updates(adapter_name)
     _record_updates(model, adapter_name, num_updates)
-    change, weight, before, after, captured, gradient = torch.stack(statistics).sum(0).tolist()
+    change, weight, before, after, captured, gradient = (sum(column) for column in zip(*by_layer, strict=True))
     return LoQTUpdate(
         num_updates=num_updates,
         merged_change=(change / weight) ** 0.5 if weight else 0.0,
@@ -203,9 +232,8 @@ def _non_finite_gradients(layers: list[tuple[str, LoQTLayer]], adapter_name: str
     device = layers[0][1].loqt_P[adapter_name].device
     broken = torch.zeros(len(layers), device=device)
     for index, (_, layer) in enumerate(layers):
-        if layer.captured_gradient is not None:
-            # a sum is finite only if every term is
-            broken[index] = (~torch.isfinite(layer.captured_gradient.sum())).to(device, torch.float32)
+        if (finite := layer.captured_is_finite) is not None:
+            broken[index] = (~finite).to(device, torch.float32)
     if _is_distributed():
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)
     return int(broken.sum().item())
@@ -218,18 +246,21 @@ def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
     processes on unlike hardware cannot drift apart.
     """
     device = layer.loqt_P[adapter_name].device
-    gradient = layer.stop_capture()
+    gradient, projected = layer.stop_capture()
     if gradient is not None:
-        gradient = gradient.to(device)
+        gradient = gradient.to(device, non_blocking=True)
     if not _is_distributed():
-        return layer.compute_switch(adapter_name, gradient)
+        if gradient is not None:
+            projected = layer.project_gradient(adapter_name, gradient)
+        return layer.compute_switch(adapter_name, projected)
 
     owner = index % dist.get_world_size()
     if gradient is None:
         gradient = torch.zeros(layer.shape, device=device)
     dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
     if dist.get_rank() == owner:
-        switch = layer.compute_switch(adapter_name, gradient / dist.get_world_size())
+        projected = layer.project_gradient(adapter_name, gradient.div_(dist.get_world_size()))
+        switch = layer.compute_switch(adapter_name, projected)
     else:
         switch = layer.empty_switch(adapter_name)
     switch = Switch(*(tensor.contiguous() for tensor in switch))

@@ -12,11 +12,11 @@ from loqt_peft import LoQTTrainerCallback
 from loqt_peft.update import loqt_layers
 
 
-def main(output_dir, batch_size, accumulation, offload):
+def main(output_dir, batch_size, accumulation, update_mode):
     # P in 32 bits and W dense in one of the layers' formats would hide nothing: all is quantized here
     model = get_peft_model(
         tiny_llama(),
-        loqt_config(update_interval=2, full_rank_modules="all", offload_gradients=offload == "offload"),
+        loqt_config(update_interval=2, full_rank_modules="all", update_mode=update_mode),
     )
     gradients = {}
 
@@ -24,6 +24,8 @@ def main(output_dir, batch_size, accumulation, offload):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
             if state.global_step == 0:
                 for name, layer in loqt_layers(model):
+                    if layer.captured_gradient is None:
+                        continue
                     gradient = layer.captured_gradient.clone()
                     if dist.is_initialized():
                         dist.all_reduce(gradient)

@@ -79,24 +79,7 @@ def test_capture_leaves_the_gradient_of_b_bit_identical():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_modules_that_run_several_times(micro_batches):
-    # DeBERTa sends its relative position embeddings through the same query and key projections
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        relative_attention=True,
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-        norm_rel_ebd="layer_norm",
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    base = DebertaV2ForSequenceClassification(config)
+    base = deberta()
     model = get_peft_model(base, loqt_config(task_type="SEQ_CLS"))
     layers = dict(loqt_layers(model.base_model.model))
     assert any(name.endswith("query_proj") for name in layers) and "classifier" not in layers
@@ -151,6 +134,141 @@ def test_evaluation_leaves_the_capture_alone():
     model(input_ids=tokens, labels=tokens)
     for before, (_, layer) in zip(captured, loqt_layers(model), strict=True):
         assert torch.equal(before, layer.captured_gradient)
+
+
+def deberta():
+    # it sends its relative position embeddings through the same query and key projections
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return DebertaV2ForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("build, task_type", [(tiny_llama, "CAUSAL_LM"), (deberta, "SEQ_CLS")])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_projecting_within_the_backward_pass_changes_nothing(build, task_type, checkpointing, micro_batches):
+    def train(update_mode, offload):
+        config = loqt_config(task_type=task_type, update_mode=update_mode, offload_gradients=offload)
+        model = get_peft_model(build(), config)
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            model.enable_input_require_grads()
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        passes = []
+        for step in range(3):
+            model.begin_step(step, lambda: len(passes) % micro_batches == micro_batches - 1)
+            for micro_batch in range(micro_batches):
+                tokens = token_batch(10 * step + micro_batch)
+                labels = tokens if task_type == "CAUSAL_LM" else torch.tensor([0, 1, 0, 1])
+                (model(input_ids=tokens, labels=labels).loss / micro_batches).backward()
+                passes.append(micro_batch)
+            held = [layer.captured_gradient for _, layer in loqt_layers(model)]
+            assert all((gradient is None) == (update_mode == "backward") for gradient in held)
+            optimizer.step()
+            model.end_step(optimizer)
+            optimizer.zero_grad()
+        return {name: tensor for name, tensor in model.state_dict().items() if "loqt" in name}
+
+    expected = train("whole", False)
+    for offload in (True, False):
+        state = train("backward", offload)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_backward_pass_after_the_last_is_an_error():
+    model = get_peft_model(tiny_llama(), loqt_config())
+    model.train()
+    model.begin_step(0, lambda: True)
+    tokens = token_batch()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(RuntimeError, match="said to be the step's last"):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    assert model.begin_step(0, lambda: True)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert model.end_step().num_updates == 1
+
+
+def test_a_forward_pass_without_a_backward_pass_keeps_the_gradient_to_the_end():
+    model = get_peft_model(tiny_llama(), loqt_config())
+    model.train()
+    tokens = token_batch()
+    model.begin_step(0, lambda: True)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(layer.captured_gradient is not None for _, layer in loqt_layers(model))
+    assert model.end_step().num_updates == 1
+
+
+def test_staggered_update_takes_one_block_at_a_time():
+    model = get_peft_model(tiny_llama(num_hidden_layers=3), loqt_config(update_mode="stagger", update_interval=7))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    updated = {}
+    for step in range(12):
+        model.begin_step(step)
+        tokens = token_batch(step)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        held = {name for name, layer in loqt_layers(model) if layer.captured_gradient is not None}
+        before = {name: layer.num_updates("default") for name, layer in loqt_layers(model)}
+        optimizer.step()
+        update = model.end_step(optimizer)
+        optimizer.zero_grad()
+        switched = {name for name, layer in loqt_layers(model) if layer.num_updates("default") > before[name]}
+        assert switched == held and bool(switched) == (update is not None)
+        updated[step] = {name.split(".layers.")[1][0] for name in switched}
+    assert {step: blocks for step, blocks in updated.items() if blocks} == {
+        0: {"0"}, 1: {"1"}, 2: {"2"}, 7: {"0"}, 8: {"1"}, 9: {"2"},
+    }  # fmt: skip
+
+
+def test_postponed_block_of_a_staggered_update_joins_the_next():
+    model = get_peft_model(tiny_llama(), loqt_config(update_mode="stagger", update_interval=9))
+    model.train()
+    tokens = token_batch()
+    model.begin_step(0)
+    (model(input_ids=tokens, labels=tokens).loss * float("inf")).backward()
+    with pytest.warns(UserWarning, match="7 of 7"):
+        model.end_step()
+    model.zero_grad()
+    model.begin_step(1)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.end_step()
+    assert [layer.num_updates("default") for _, layer in loqt_layers(model)] == [1] * 14
+
+
+def test_staggering_is_not_taken_for_missing_updates():
+    model = get_peft_model(tiny_llama(num_hidden_layers=3), loqt_config(update_mode="stagger", update_interval=9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train_steps(model, 4)
+
+
+def test_update_drops_the_gradient_of_the_old_b():
+    model = get_peft_model(tiny_llama(), loqt_config(update_interval=2))
+    model.train()
+    tokens = token_batch()
+    for step, updated in ((0, True), (1, False)):
+        model.begin_step(step)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        model.end_step()
+        assert all((layer.loqt_B["default"].grad is None) == updated for _, layer in loqt_layers(model))
 
 
 def test_partial_gradient_of_an_unfinished_step_is_dropped():

@@ -1,6 +1,6 @@
 import pytest
 
-from loqt_peft.schedule import UpdateSchedule
+from loqt_peft.schedule import UpdateSchedule, staggered_offsets
 
 
 def slow_update_steps(interval, kind, growth, cap, stop):
@@ -33,3 +33,26 @@ def test_paper_schedule():
 def test_gaps_beyond_a_float_do_not_overflow():
     assert UpdateSchedule(growth=10.0).gap(1000) > 10**15
     assert UpdateSchedule(growth=10.0, max_interval=200).gap(1000) == 200
+
+
+def test_smallest_gap():
+    for kind, growth in (
+        ("exponential", 1.0),
+        ("exponential", 1.2),
+        ("linear", 0.0),
+        ("linear", 3.0),
+        ("constant", 1.0),
+    ):
+        for cap in (None, 5):
+            schedule = UpdateSchedule(10, kind, growth, cap)
+            steps = schedule.update_steps(500)
+            assert schedule.smallest_gap == min(b - a for a, b in zip(steps, steps[1:], strict=False))
+
+
+def test_staggered_offsets_follow_the_blocks_of_the_model():
+    names = ["embed.proj", *(f"model.layers.{i}.{part}" for i in range(5) for part in ("attn.q", "mlp.up")), "head"]
+    assert staggered_offsets(names, 100) == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    # 7 blocks over 3 steps
+    assert staggered_offsets(names, 3) == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2]
+    assert staggered_offsets(names, 1) == [0] * 12
+    assert all(max(staggered_offsets(names, limit)) < limit for limit in range(1, 10))
