@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from loqt_peft.optim import PerLayerOptimizer
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretraining"
@@ -82,6 +84,11 @@ def test_full_rank_baseline(run_clm, inputs, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+class KeepOptimizer(TrainerCallback):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.optimizer = optimizer.optimizer
+
+
 @pytest.mark.parametrize("method", ["loqt", "full"])
 def test_per_layer_updates_change_nothing_but_memory(run_clm, inputs, tmp_path, method):
     options = {"method": method, "max_grad_norm": 0, "save_strategy": "no", "logging_steps": 1}
@@ -92,7 +99,9 @@ def test_per_layer_updates_change_nothing_but_memory(run_clm, inputs, tmp_path, 
     saved, histories = [], []
     for per_layer_updates in (False, True):
         output_dir = tmp_path / str(per_layer_updates)
-        run_clm.main(arguments(inputs, output_dir, **options, **source, per_layer_updates=per_layer_updates))
+        keep = KeepOptimizer()
+        run_clm.main(arguments(inputs, output_dir, **options, **source, per_layer_updates=per_layer_updates), [keep])
+        assert isinstance(keep.optimizer, PerLayerOptimizer) is per_layer_updates
         saved.append(next(output_dir.glob("*model.safetensors")).read_bytes())
         state = json.loads((output_dir / "trainer_state.json").read_text())
         histories.append([entry for entry in state["log_history"] if "loss" in entry])

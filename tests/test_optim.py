@@ -83,6 +83,12 @@ def assert_same(actual, expected):
         assert actual == expected
 
 
+def tensors_of(state):
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors_of(value)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
 # large enough for bitsandbytes to keep 8-bit states: 64 x 64 numbers
 LARGE = {"llama": {"hidden_size": 64}, "config": {"r": 64}}
 
@@ -113,6 +119,8 @@ def test_same_bits_as_the_ordinary_optimizer(tmp_path, case):
     *expected, expected_norms = run(tmp_path, False, **case)
     *actual, norms = run(tmp_path, True, **case)
     assert_same(actual, expected)
+    dtypes = {v.dtype for state in actual[1]["state"].values() for v in tensors_of(state)}
+    assert (torch.uint8 in dtypes) is ("8bit" in case.get("optim", ""))
     # norms of the same gradients, summed in another order
     assert norms == pytest.approx(expected_norms, rel=1e-6)
     assert len(norms) == 5 and min(norms) > 0
@@ -183,11 +191,29 @@ def test_a_loop_of_ones_own(optimizer_class):
     assert torch.allclose(optimizer.grad_norm, norms[2], rtol=1e-6)
 
 
+def test_closure():
+    nets = []
+    for cls in (torch.optim.AdamW, per_layer(torch.optim.AdamW)):
+        net = small_net()
+
+        def closure(net=net):
+            backward(net)
+            return 7
+
+        assert cls(net.parameters(), lr=0.1).step(closure) == 7
+        nets.append(state_of(net))
+    assert_same(nets[1], nets[0])
+    assert not torch.equal(nets[0]["0.weight"], small_net()[0].weight)
+
+
 def test_hooks_on_the_step_run_once_a_step():
+    class AdamW(torch.optim.AdamW):
+        pass
+
     # torch hooks the step of a class when it is first instantiated
-    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    AdamW([nn.Parameter(torch.zeros(1))])
     net = small_net()
-    optimizer = per_layer(torch.optim.AdamW)(net.parameters())
+    optimizer = per_layer(AdamW)(net.parameters())
     calls = []
     optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *args: calls.append("post"))
