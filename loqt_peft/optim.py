@@ -57,7 +57,9 @@ class PerLayerOptimizer:
     Groups, state, `state_dict` and what schedulers see are those of the class it is added to, so that checkpoints of the
     one load into the other. In backward, where accelerate says that gradients are synchronized (the last micro-batch of a
     step; always, outside of accelerate), each parameter is stepped as soon as its gradient is complete, and its `.grad`
-    becomes `None`. `step()` steps the parameters that still have a gradient, and ends the step.
+    becomes `None`. `step()` steps the parameters that still have a gradient, and ends the step. What a loop of your own does
+    to gradients in between, such as clipping, finds none; and it accumulates micro-batches with `Accelerator.accumulate`.
+    A compiled model hands over the gradients of a whole graph at once.
 
     Attributes:
         grad_norm (`torch.Tensor`, *optional*):
@@ -127,7 +129,7 @@ class PerLayerOptimizer:
                 f"Per-layer updates: a parameter of shape {tuple(p.shape)} got a second gradient before `step()` of its "
                 "optimizer. If backward was interrupted, the model is between two steps: load the last checkpoint, "
                 "optimizer included, or accept the half step with `optimizer.zero_grad(); optimizer.step()`. Otherwise "
-                "send the sum of the losses backward once, set "
+                "send the sum of the losses backward once, accumulate micro-batches with `Accelerator.accumulate`, set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or, if another optimizer is in use, call "
                 "`loqt_peft.optim.remove_hooks(model.parameters())`."
             )

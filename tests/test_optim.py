@@ -99,7 +99,6 @@ LARGE = {"llama": {"hidden_size": 64}, "config": {"r": 64}}
         {},
         {"gradient_accumulation_steps": 3},
         {"optim": "adamw_torch"},
-        {"optim": "adamw_bnb_8bit", **LARGE},
         {"optim": "adamw_bnb_8bit", "gradient_accumulation_steps": 2, **LARGE},
         {"optim": "paged_adamw_8bit", **LARGE},
         {"config": {"optimizer_state": "reset"}},
@@ -126,19 +125,60 @@ def test_same_bits_as_the_ordinary_optimizer(tmp_path, case):
     assert len(norms) == 5 and min(norms) > 0
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit"])
-def test_checkpoints_are_those_of_the_ordinary_optimizer(tmp_path, optim):
+# right before an update, and right after one
+@pytest.mark.parametrize("optim, steps", [("adamw_torch_fused", (2, 3)), ("adamw_bnb_8bit", (3,))])
+def test_checkpoints_are_those_of_the_ordinary_optimizer(tmp_path, optim, steps):
     case = {"optim": optim, "save_steps": 1, **(LARGE if "bnb" in optim else {})}
     expected = run(tmp_path / "ordinary", False, save_strategy="steps", **case)
     run(tmp_path / "per-layer", True, save_strategy="steps", **case)
     for saved_by in ("ordinary", "per-layer"):
         for resumed_per_layer in (False, True):
-            # right before an update, and right after one
-            for step in (2, 3):
+            for step in steps:
                 path = str(tmp_path / saved_by / f"checkpoint-{step}")
                 *actual, norms = run(tmp_path / "resumed", resumed_per_layer, resume=path, **case)
                 assert_same(actual, expected[:3])
                 assert norms == pytest.approx(expected[3], rel=1e-6)
+
+
+class InterruptOnce(TrainerCallback):
+    """Ctrl-C in the middle of the fourth backward."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3 and not hasattr(self, "handle"):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            self.handle = parameters[len(parameters) // 2].register_hook(self.interrupt)
+
+    def interrupt(self, grad):
+        self.handle.remove()
+        raise KeyboardInterrupt
+
+
+def test_interrupted_training_goes_on_from_its_checkpoint_only(tmp_path):
+    trainers = []
+    for callbacks in ([], [InterruptOnce()]):
+        model = get_peft_model(tiny_llama(), loqt_config(update_interval=2, full_rank_modules="all"))
+        trainer = make_trainer(
+            model,
+            tmp_path,
+            [LoQTTrainerCallback(), *callbacks],
+            max_steps=5,
+            max_grad_norm=0.0,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        trainer.optimizer_cls_and_kwargs = per_layer_optimizer(trainer.args)
+        trainers.append(trainer)
+    straight, interrupted = trainers
+    straight.train()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    half = state_of(interrupted.model)
+    with pytest.raises(RuntimeError, match="load the last checkpoint"):
+        interrupted.train()
+    assert_same(state_of(interrupted.model), half)
+    interrupted.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(state_of(interrupted.model), state_of(straight.model))
+    assert_same(interrupted.optimizer.state_dict(), straight.optimizer.state_dict())
 
 
 def test_one_gradient_at_a_time(tmp_path):
