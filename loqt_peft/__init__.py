@@ -26,8 +26,19 @@ from .callback import LoQTTrainerCallback  # noqa: E402
 from .checkpoint import get_last_checkpoint  # noqa: E402
 from .config import LoQTConfig  # noqa: E402
 from .model import LoQTModel  # noqa: E402
+from .optim import per_layer, per_layer_optimizer  # noqa: E402
+from .performance import PerformanceCallback  # noqa: E402
 
 
 register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
 
-__all__ = ["LoQTConfig", "LoQTModel", "LoQTTrainerCallback", "__version__", "get_last_checkpoint"]
+__all__ = [
+    "LoQTConfig",
+    "LoQTModel",
+    "LoQTTrainerCallback",
+    "PerformanceCallback",
+    "__version__",
+    "get_last_checkpoint",
+    "per_layer",
+    "per_layer_optimizer",
+]
