@@ -123,6 +123,18 @@ def test_randomized_projection_leaves_the_random_state_alone_and_repeats():
     assert torch.equal(project(G, 5, "randomized"), P)
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_random_projection_follows_the_seed_alone(shape):
+    before = torch.get_rng_state()
+    P = project(torch.randn(shape), 5, "random", seed=3)
+    torch.set_rng_state(before)
+    right = is_right(shape)
+    assert torch.allclose(P @ P.T if right else P.T @ P, torch.eye(5), atol=1e-5)
+    assert torch.equal(project(torch.zeros(shape), 5, "random", seed=3), P)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(project(torch.randn(shape), 5, "random", seed=4), P, atol=0.1)
+
+
 def test_gradient_of_low_rank_still_gives_r_directions():
     G = torch.randn(40, 2) @ torch.randn(2, 30)
     for method in ("svd", "eigh", "randomized"):

@@ -165,14 +165,15 @@ class LoQTArguments:
     interval_schedule: Literal["exponential", "linear", "constant"] = config_field("interval_schedule")
     interval_growth: float = config_field("interval_growth")
     max_interval: int | None = config_field("max_interval")
-    projection: Literal["svd", "eigh", "randomized"] = config_field("projection")
+    projection: Literal["svd", "eigh", "randomized", "random"] = config_field("projection")
     optimizer_state: Literal["keep", "reset", "rotate"] = config_field("optimizer_state")
     full_rank_modules: list[str] = field(
         default_factory=lambda: ["all"],
         metadata={"help": "Modules trained in place at full rank: names, all (the default here) or none."},
     )
     retain_base: Literal["device", "cpu", "drop"] = config_field("retain_base")
-    offload_gradients: bool = config_field("offload_gradients")
+    update_mode: Literal["backward", "stagger", "whole"] = config_field("update_mode")
+    offload_gradients: bool | None = config_field("offload_gradients")
     per_layer_updates: bool = field(
         default=False,
         metadata={
