@@ -5,7 +5,9 @@
 Cost: matrices of the shapes of LLaMA's attention (n x n) and MLP (2.7n x n), with a decaying spectrum, at ranks n/4
 and n/16, one thread. Quality: gradients of a LLaMA's linear layers at
 its first step and after 100 steps of full-rank AdamW on the text, at ranks d/4 and d/16: the share of ‖G‖² that P
-keeps, and the overlap of its subspace with that of the exact singular vectors, ‖P P_svdᵀ‖² / r.
+keeps, and the overlap of its subspace with that of the exact singular vectors, ‖P P_svdᵀ‖² / r. Beside the ways that
+`LoQTConfig.projection` offers stand two that need less of the gradient, and are not offered: a one-pass sketch, which
+could be summed over micro-batches without forming G, and the gradient of one of four micro-batches.
 
 Results: results/projection.json and results/projection.md.
 """
@@ -24,7 +26,8 @@ from common import llama, markdown_table, provenance, token_blocks, write_json, 
 from loqt_peft.projection import project
 
 
-METHODS = ("svd", "eigh", "randomized")
+METHODS = ("svd", "eigh", "randomized", "random", "sketch", "one micro-batch of 4")
+SKETCH_EXTRA = 8
 COSTS = (
     ("svd", "svd", 4),
     ("eigh", "eigh", 4),
@@ -48,7 +51,8 @@ def seconds(rows, columns, rank, method, repeats):
 
 
 def gradients(blocks, hidden, layers, steps, wanted):
-    """Gradients of all linear layers but the head at the wanted steps of a short full-rank run."""
+    """Of all linear layers but the head, at the wanted steps of a short full-rank run: the gradient, and that of a quarter
+    of the batch."""
     model = llama(hidden, layers, hidden * 43 // 16, VOCABULARY, positions=LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     linears = {name: m for name, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -58,9 +62,13 @@ def gradients(blocks, hidden, layers, steps, wanted):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / (steps / 10))
         tokens = blocks[order[step * BATCH : (step + 1) * BATCH]]
+        if step in wanted:
+            model(input_ids=tokens[: BATCH // 4], labels=tokens[: BATCH // 4]).loss.backward()
+            parts = {name: m.weight.grad for name, m in linears.items()}
+            model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
         if step in wanted:
-            found[step] = {name: m.weight.grad.clone() for name, m in linears.items()}
+            found[step] = {name: (m.weight.grad.clone(), parts[name]) for name, m in linears.items()}
             print(f"gradients of step {step} taken", flush=True)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -68,10 +76,26 @@ def gradients(blocks, hidden, layers, steps, wanted):
     return found
 
 
-def quality(gradient, rank, method):
+def sketch(gradient, rank):
+    """P from Ω G, of which each micro-batch could bring its part, [rank, in], or G Ω."""
+    narrow = gradient.shape[1] <= gradient.shape[0]
+    G = gradient if narrow else gradient.T
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(rank + SKETCH_EXTRA, G.shape[0], generator=generator) @ G
+    rows = torch.linalg.svd(thin, full_matrices=False).Vh[:rank]
+    return rows if narrow else rows.T
+
+
+def quality(gradient, part, rank, method):
     """Share of the gradient's energy that P keeps, and the overlap with the exact subspace."""
     narrow = gradient.shape[1] <= gradient.shape[0]
-    rows, exact = project(gradient, rank, method), project(gradient, rank, "svd")
+    if method == "sketch":
+        rows = sketch(gradient, rank)
+    elif method == "one micro-batch of 4":
+        rows = project(part, rank, "svd")
+    else:
+        rows = project(gradient, rank, method)
+    exact = project(gradient, rank, "svd")
     # P spans rows of G where the input side is the smaller one, columns otherwise; below, always rows.
     rows, exact, gradient = (rows, exact, gradient) if narrow else (rows.T, exact.T, gradient.T)
     kept = (gradient @ rows.T).square().sum() / gradient.square().sum()
@@ -103,7 +127,7 @@ def main():
     for step, layers in gradients(blocks, options.hidden, options.layers, options.steps, (0, options.steps)).items():
         for divisor in (4, 16):
             for method in METHODS:
-                figures = [quality(g, options.hidden // divisor, method) for g in layers.values()]
+                figures = [quality(g, part, options.hidden // divisor, method) for g, part in layers.values()]
                 energies, overlaps = zip(*figures, strict=True)
                 kept.append(
                     {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .projection import is_right, pseudo_inverse
+from .projection import gram, is_right, pseudo_inverse
 from .quantization import DenseFormat, FourBitFormat
 
 
@@ -61,11 +61,14 @@ def compensate(
     best = Compensated(weight, B, error_before, error_before)
     if steps == 0 or storage.is_lossless:
         return best
-    inverse = pseudo_inverse(P, right) / scale
+    inverse, inner = pseudo_inverse(P, right) / scale, gram(P, right)
     for step in range(steps):
-        B = (residual @ inverse if right else inverse @ residual).to(dtype)
-        left_factor, right_factor = (B.float(), P) if right else (P, B.float())
-        error = _squared_norm(residual.addmm_(left_factor, right_factor, alpha=-scale))
+        least_squares = residual @ inverse if right else inverse @ residual
+        B = least_squares.to(dtype)
+        # ‖R − s·PB‖² by the inner products of P, which are smaller than R. R acts on P's span as s·P times the unrounded B.
+        stored = B.float()
+        image = stored @ inner if right else inner @ stored
+        error = _squared_norm(residual) - scale**2 * (image * (2 * least_squares - stored)).sum()
         # chosen on the device, which nobody waits for
         better = error < best.error_after
         best = Compensated(
@@ -76,10 +79,10 @@ def compensate(
         )
         if step + 1 < steps:
             # the memory of the residual serves W − s·PB and the next residual in turn
-            torch.addmm(W, left_factor, right_factor, alpha=-scale, out=residual)
+            torch.addmm(W, *((stored, P) if right else (P, stored)), alpha=-scale, out=residual)
             weight = storage.pack(residual)
             torch.sub(W, storage.unpack(weight), out=residual)
-    return best
+    return best._replace(error_after=best.error_after.clamp(min=0))
 
 
 def _squared_norm(X: torch.Tensor) -> torch.Tensor:

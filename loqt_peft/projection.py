@@ -15,7 +15,7 @@ import torch
 
 PROJECTIONS = ("svd", "eigh", "randomized", "random")
 OVERSAMPLING = 8
-POWER_ITERATIONS = 2
+POWER_ITERATIONS = 1
 # share of the mean of the diagonal, where a Gram matrix has lost rank
 RIDGE = 1e-6
 
@@ -58,7 +58,7 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
         r (`int`): Number of directions, at most min(out, in).
         method (`str`):
             `"svd"`: exact. `"eigh"`: eigenvectors of the Gram matrix of the smaller side, exact up to rounding.
-            `"randomized"`: Halko et al.'s range finder with 8 extra directions and 2 power iterations, from a fixed seed; it
+            `"randomized"`: Halko et al.'s range finder with 8 extra directions and a power iteration, from a fixed seed; it
             makes no copy of the gradient, only thin matrices. `"random"`: orthonormal directions that have nothing to do
             with the gradient. The global random state is left alone by both.
         seed (`int`): Of `"random"`.
@@ -105,11 +105,14 @@ def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
     """The top-r right singular vectors of G `[m, n]`, m >= n, in the rows of `[r, n]`."""
     m, n = G.shape
     width = min(r + OVERSAMPLING, n)
-    start = _normal(m, width, 0, G.device)
-    # the basis lies on the smaller side, so that it alone has to be orthonormal
-    basis = torch.linalg.qr(G.T @ (start * scale)).Q
+    basis = G.T @ (_normal(m, width, 0, G.device) * scale)
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(G.T @ (G @ basis * scale)).Q
+        # only so that the leading directions do not drown the others
+        factor = _cholesky(basis.T @ basis)
+        basis = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
+        basis = G.T @ (G @ basis * scale)
+    # the basis lies on the smaller side, so that it alone has to be orthonormal
+    basis = torch.linalg.qr(basis).Q
     coordinates = G @ basis * scale
     rotation = torch.linalg.eigh(coordinates.T @ coordinates).eigenvectors[:, -r:].flip(1)
     return (basis @ rotation).T
@@ -141,6 +144,6 @@ def captured_energy(gradient: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norm of the part of the gradient that lies in the span of P; a 0-d tensor."""
     right = is_right(gradient.shape)
     coordinates = restrict(gradient, P, right)
-    coordinates = coordinates.T if right else coordinates
-    # ‖G P⁺ P‖² = <G Pᵀ (P Pᵀ)⁻¹, G Pᵀ>
-    return (torch.cholesky_solve(coordinates, _cholesky(gram(P, right))) * coordinates).sum()
+    inner = coordinates.T @ coordinates if right else coordinates @ coordinates.T
+    # ‖G P⁺ P‖² = tr((P Pᵀ)⁻¹ P Gᵀ G Pᵀ)
+    return torch.cholesky_solve(inner, _cholesky(gram(P, right))).trace()
