@@ -25,9 +25,18 @@ _register_peft_type()
 from .callback import LoQTTrainerCallback  # noqa: E402
 from .checkpoint import get_last_checkpoint  # noqa: E402
 from .config import LoQTConfig  # noqa: E402
+from .memory import estimate_memory, plan_memory  # noqa: E402
 from .model import LoQTModel  # noqa: E402
 
 
 register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
 
-__all__ = ["LoQTConfig", "LoQTModel", "LoQTTrainerCallback", "__version__", "get_last_checkpoint"]
+__all__ = [
+    "LoQTConfig",
+    "LoQTModel",
+    "LoQTTrainerCallback",
+    "__version__",
+    "estimate_memory",
+    "get_last_checkpoint",
+    "plan_memory",
+]
