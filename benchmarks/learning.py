@@ -130,7 +130,7 @@ def train(spec, blocks):
         trainer.train()
         seconds = time.perf_counter() - start
         loss = trainer.evaluate()["eval_loss"]
-    updates = [entry for entry in trainer.state.log_history if any("loqt" in key for key in entry)]
+    updates = [entry for entry in trainer.state.log_history if "loqt/updates" in entry]
     # A model no better than guessing uniformly has diverged, whatever its loss says.
     diverged = not math.isfinite(loss) or loss > math.log(VOCABULARY)
     return {

@@ -91,7 +91,7 @@ def main():
         after = trainer.evaluate()["eval_loss"]
         seconds = time.perf_counter() - start
     history = trainer.state.log_history
-    updates = [entry for entry in history if any(name.startswith("loqt") for name in entry)]
+    updates = [entry for entry in history if "loqt/updates" in entry]
     result = {
         "options": {name: str(value) for name, value in vars(options).items() if name != "cache"},
         "validation_loss": {"before": before, "after": after},

@@ -58,7 +58,7 @@ class Run:
     def step(self):
         """Seconds of a step and of the update in it, each [wall, processor], and whether it was an update step."""
         start = now()
-        captured = self.model.begin_step(self.steps) if self.loqt else False
+        captured = self.model.begin_step(self.steps, lambda: True) if self.loqt else False
         self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
         self.optimizer.step()
         stepped = now()
@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=4, help="ordinary steps between two updates")
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--projection", help="instead of the default of LoQTConfig")

@@ -27,6 +27,8 @@ from .checkpoint import get_last_checkpoint  # noqa: E402
 from .config import LoQTConfig  # noqa: E402
 from .memory import estimate_memory, plan_memory  # noqa: E402
 from .model import LoQTModel  # noqa: E402
+from .optim import per_layer, per_layer_optimizer  # noqa: E402
+from .performance import PerformanceCallback  # noqa: E402
 
 
 register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
@@ -35,8 +37,11 @@ __all__ = [
     "LoQTConfig",
     "LoQTModel",
     "LoQTTrainerCallback",
+    "PerformanceCallback",
     "__version__",
     "estimate_memory",
     "get_last_checkpoint",
+    "per_layer",
+    "per_layer_optimizer",
     "plan_memory",
 ]

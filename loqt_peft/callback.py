@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
 import bitsandbytes as bnb
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from .layer import LoQTLayer
 from .model_card import keep_loqt_section, write_model_card
+from .performance import PerformanceCallback, callback_handler
 from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 
 
@@ -27,34 +25,24 @@ REFUSED = {
 }
 
 
-def _callback_handler() -> CallbackHandler | None:
-    # Callbacks get no reference to the Trainer, and its reporters (TensorBoard, W&B, ...) come before them in line; what a
-    # callback adds to `logs` in `on_log` reaches none of them. The handler that is calling can address them all.
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return handler
-        frame = frame.f_back
-    return None
-
-
-class LoQTTrainerCallback(TrainerCallback):
-    """Captures the gradients of an update step, switches all layers after the optimizer's step, and logs the update.
+class LoQTTrainerCallback(PerformanceCallback):
+    """Captures the gradients of an update step, switches all layers after the optimizer's step, and logs what it did.
 
     Whether a step is an update step follows from the adapter's config and `global_step`; everything else lives in the
     adapter, so that a checkpoint needs nothing of this callback. At each update these go to the Trainer's logs:
     `loqt/updates`, `loqt/merged_change`, `loqt/quantization_error_before`, `loqt/quantization_error_after`,
-    `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]).
+    `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]); and with each of the Trainer's own entries
+    what [`PerformanceCallback`] measures.
 
     Raises:
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
-            callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, or an
-            8-bit optimizer with `optimizer_state="rotate"`.
+            callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, an
+            8-bit optimizer with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._update: LoQTUpdate | None = None
 
     def on_train_begin(
@@ -67,6 +55,7 @@ class LoQTTrainerCallback(TrainerCallback):
         **kwargs,
     ):
         self._check_setup(args, model, optimizer)
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.is_world_process_zero:
             print(self._summary(model, state), flush=True)
 
@@ -78,13 +67,14 @@ class LoQTTrainerCallback(TrainerCallback):
         self._update = end_step(model, optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
         if self._update is None:
             return
         logs, self._update = self._update.metrics(), None
         if state.epoch is not None:
             logs["epoch"] = state.epoch
         state.log_history.append({**logs, "step": state.global_step})
-        handler = _callback_handler()
+        handler = callback_handler()
         if handler is not None:
             # the event resets the flag, which may ask for the Trainer's own logs of this step
             should_log = control.should_log
@@ -92,6 +82,7 @@ class LoQTTrainerCallback(TrainerCallback):
             control.should_log = should_log
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        super().on_train_end(args, state, control, model=model, **kwargs)
         cancel_step(model)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
@@ -133,9 +124,6 @@ class LoQTTrainerCallback(TrainerCallback):
                 "LoQTTrainerCallback: no LoQT adapter is active and trainable. Activate one with `model.set_adapter(name)`, "
                 "or load it with `is_trainable=True`."
             )
-        handler = _callback_handler()
-        if handler is not None and sum(isinstance(cb, LoQTTrainerCallback) for cb in handler.callbacks) > 1:
-            raise ValueError("LoQTTrainerCallback: the Trainer holds two of them. Pass one only.")
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
             raise ValueError(
                 f"LoQTTrainerCallback: nn.DataParallel over {args.n_gpu} devices copies the layers, and what the copies "

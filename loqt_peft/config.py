@@ -76,8 +76,12 @@ class LoQTConfig(PeftConfig):
     )
     interval_growth: float = field(default=1.2, metadata={"help": "ψ of the growing gaps."})
     max_interval: int | None = field(default=None, metadata={"help": "Cap on the gap, in optimizer steps."})
-    projection: Literal["svd", "eigh", "randomized"] = field(
-        default="randomized", metadata={"help": "How P is computed from the gradient."}
+    projection: Literal["svd", "eigh", "randomized", "random"] = field(
+        default="randomized",
+        metadata={
+            "help": "How P is computed from the gradient: its singular vectors, exactly, by the Gram matrix, or by a "
+            "randomized range finder. 'random': directions that have nothing to do with it, from torch's seed."
+        },
     )
     optimizer_state: Literal["keep", "reset", "rotate"] = field(
         default="keep",

@@ -170,8 +170,10 @@ class LoQTLayer(BaseTunerLayer):
         "loqt_seal",
     )
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, seed: int = 0) -> None:
         self.base_layer = base_layer
+        # tells the layer's random projections from those of other layers
+        self._seed = seed
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.config: dict[str, LoQTConfig] = {}
@@ -616,7 +618,11 @@ class LoQTLayer(BaseTunerLayer):
         # a decomposition must not see what is not finite
         gradient.masked_fill_(~finite, 0)
         energy = torch.linalg.vector_norm(gradient).square()
-        new = projection_format.pack(project(gradient, self.r[adapter_name], self.config[adapter_name].projection))
+        # from the user's seed, as the Trainer sets it again when it resumes; another one for each layer and update
+        seed = hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
+        new = projection_format.pack(
+            project(gradient, self.r[adapter_name], self.config[adapter_name].projection, seed)
+        )
         P = torch.where(energy > 0, new, self.loqt_P[adapter_name])
         captured = captured_energy(gradient, projection_format.unpack(P))
         return Projected(P, torch.stack([captured, energy]), finite)
@@ -698,9 +704,11 @@ class Linear(LoQTLayer, nn.Module):
     terms (paper eq. 5).
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: LoQTConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: LoQTConfig, seed: int = 0
+    ) -> None:
         nn.Module.__init__(self)
-        LoQTLayer.__init__(self, base_layer)
+        LoQTLayer.__init__(self, base_layer, seed)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, scaling, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -255,7 +256,7 @@ class LoQTModel(BaseTuner):
             target.update_layer(adapter_name, r, scaling, loqt_config)
             return
         self._check_target(target, parent, current_key)
-        new_module = Linear(target, adapter_name, r, scaling, loqt_config)
+        new_module = Linear(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 
-PROJECTIONS = ("svd", "eigh", "randomized")
+PROJECTIONS = ("svd", "eigh", "randomized", "random")
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
 # share of the mean of the diagonal, where a Gram matrix has lost rank
@@ -50,16 +50,18 @@ def gram(P: torch.Tensor, right: bool) -> torch.Tensor:
     return P @ P.T if right else P.T @ P
 
 
-def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch.Tensor:
-    r"""The top-r singular vectors of the gradient on its smaller side (paper Algorithm 1, line 7).
+def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: int = 0) -> torch.Tensor:
+    r"""The top-r singular vectors of the gradient on its smaller side (paper Algorithm 1, line 7), or random directions.
 
     Args:
         gradient (`torch.Tensor`): dL/dW, `[out, in]`, floating, finite.
         r (`int`): Number of directions, at most min(out, in).
         method (`str`):
             `"svd"`: exact. `"eigh"`: eigenvectors of the Gram matrix of the smaller side, exact up to rounding.
-            `"randomized"`: Halko et al.'s range finder with 8 extra directions and 2 power iterations, from a fixed seed
-            that leaves the global random state alone. It makes no copy of the gradient, only thin matrices.
+            `"randomized"`: Halko et al.'s range finder with 8 extra directions and 2 power iterations, from a fixed seed; it
+            makes no copy of the gradient, only thin matrices. `"random"`: orthonormal directions that have nothing to do
+            with the gradient. The global random state is left alone by both.
+        seed (`int`): Of `"random"`.
 
     Returns:
         `torch.Tensor`:
@@ -84,6 +86,8 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
         vectors = torch.linalg.eigh(G.T @ G).eigenvectors[:, -r:].flip(1).T
     elif method == "randomized":
         vectors = _randomized(G, scale, r)
+    elif method == "random":
+        vectors = torch.linalg.qr(_normal(G.shape[1], r, seed, G.device)).Q.T
     else:
         raise ValueError(f"projection={method!r} is not allowed: one of {', '.join(map(repr, PROJECTIONS))}.")
     # the sign of a singular vector is arbitrary, and 4-bit rounding is not symmetric
@@ -92,12 +96,16 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch
     return (vectors if right else vectors.T).contiguous()
 
 
+def _normal(rows: int, columns: int, seed: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator("cuda" if device.type == "cuda" else "cpu").manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, device=generator.device).to(device)
+
+
 def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
     """The top-r right singular vectors of G `[m, n]`, m >= n, in the rows of `[r, n]`."""
     m, n = G.shape
     width = min(r + OVERSAMPLING, n)
-    generator = torch.Generator(G.device if G.device.type == "cuda" else "cpu").manual_seed(0)
-    start = torch.randn(m, width, generator=generator, device=generator.device).to(G.device)
+    start = _normal(m, width, 0, G.device)
     # the basis lies on the smaller side, so that it alone has to be orthonormal
     basis = torch.linalg.qr(G.T @ (start * scale)).Q
     for _ in range(POWER_ITERATIONS):

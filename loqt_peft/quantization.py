@@ -235,16 +235,25 @@ class DenseFormat:
         return F.linear(x, packed.to(x.dtype), bias)
 
 
-# asked for in every forward pass
-@cache
 def storage_format(
     shape: tuple[int, int], quant_type: str | None, double_quant: bool, dtype: torch.dtype
 ) -> FourBitFormat | DenseFormat:
     """The format that a config asks for; `dtype` is that of a matrix which is not quantized."""
+    # asked for in every forward pass; torch.compile traces through a cache, and warns of it
+    build = _storage_format if torch.compiler.is_compiling() else _cached_storage_format
+    return build(shape, quant_type, double_quant, dtype)
+
+
+def _storage_format(
+    shape: tuple[int, int], quant_type: str | None, double_quant: bool, dtype: torch.dtype
+) -> FourBitFormat | DenseFormat:
     # bitsandbytes takes codes of one byte for those of a transposed matrix
     if quant_type is None or math.prod(shape) <= 2:
         return DenseFormat(shape, dtype)
     return FourBitFormat(shape, quant_type, double_quant)
+
+
+_cached_storage_format = cache(_storage_format)
 
 
 def undo_cpu_packing(weight: torch.nn.Parameter) -> None:

@@ -1,6 +1,8 @@
 """Run by test_distributed.py under torchrun: trains with the Trainer and saves what each process ends up with."""
 
+import itertools
 import sys
+import types
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from common import TokenDataset, loqt_config, make_trainer, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from loqt_peft import LoQTTrainerCallback
+from loqt_peft import LoQTTrainerCallback, performance
 from loqt_peft.update import loqt_layers
 
 
@@ -33,18 +35,23 @@ def main(output_dir, batch_size, accumulation, update_mode):
                     gradients[f"gradient.{name}"] = gradient
             return super().on_optimizer_step(args, state, control, model=model, **kwargs)
 
+    # a clock that goes by a second a look
+    performance.time = types.SimpleNamespace(perf_counter=itertools.count().__next__)
     trainer = make_trainer(
         model,
         output_dir,
         [KeepGradients()],
         dataset=TokenDataset(size=64),
         max_steps=5,
+        logging_steps=5,
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),
         ddp_find_unused_parameters=False,
     )
     trainer.train()
     tensors = {k: v.contiguous().clone() for k, v in model.state_dict().items() if "base_layer" not in k}
+    speeds = [entry["loqt/tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    tensors["tokens_per_second"] = torch.tensor(speeds)
     save_file({**tensors, **gradients}, f"{output_dir}/rank{trainer.args.process_index}.safetensors")
 
 

@@ -365,3 +365,18 @@ def test_missing_updates_are_noticed():
     optimizer.step()
     with pytest.warns(UserWarning, match="still empty after the first training step"):
         model(input_ids=tokens, labels=tokens)
+
+
+def test_random_projections_differ_between_layers_and_updates_and_follow_the_seed():
+    def projections(seed, updates):
+        model = get_peft_model(tiny_llama(), loqt_config(projection="random"))
+        torch.manual_seed(seed)
+        train_steps(model, updates)
+        return {name: layer.projection("default") for name, layer in loqt_layers(model) if layer.shape == (32, 32)}
+
+    first = projections(0, 1)
+    assert len(first) == 8
+    assert all(torch.equal(P, first[name]) for name, P in projections(0, 1).items())
+    others = [*projections(1, 1).values(), *projections(0, 2).values(), *first.values()]
+    different = {tuple(P.flatten().tolist()) for P in others}
+    assert len(different) == 24

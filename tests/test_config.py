@@ -30,7 +30,7 @@ from loqt_peft import LoQTConfig
         ("interval_growth", 0.9, "at least 1"),
         ("interval_growth", float("inf"), "finite"),
         ("max_interval", 0, "at least 1"),
-        ("projection", "qr", "'svd', 'eigh', 'randomized'"),
+        ("projection", "qr", "'svd', 'eigh', 'randomized', 'random'"),
         ("optimizer_state", "drop", "'keep', 'reset', 'rotate'"),
         ("full_rank_modules", "embed_tokens", "'all' or a list"),
         ("retain_base", "disk", "'device', 'cpu', 'drop'"),

@@ -36,3 +36,4 @@ def test_processes_end_with_the_same_bits_and_the_global_gradient(tmp_path, accu
     assert len(gradients) == captured
     for key in gradients:
         assert torch.linalg.norm(first[key] - alone[key]) <= 1e-5 * torch.linalg.norm(alone[key])
+    assert first["tokens_per_second"].tolist() == alone["tokens_per_second"].tolist() != []

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from loqt_peft.optim import PerLayerOptimizer
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretraining"
@@ -82,6 +84,33 @@ def test_full_rank_baseline(run_clm, inputs, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+class KeepOptimizer(TrainerCallback):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.optimizer = optimizer.optimizer
+
+
+@pytest.mark.parametrize("method", ["loqt", "full"])
+def test_per_layer_updates_change_nothing_but_memory(run_clm, inputs, tmp_path, method):
+    options = {"method": method, "max_grad_norm": 0, "save_strategy": "no", "logging_steps": 1}
+    base = tmp_path / "base"
+    run_clm.main(arguments(inputs, base, **options, max_steps=1))
+    # the same base, which is random
+    source = {"config_name": None, "model_name_or_path": base / "base_model"} if method == "loqt" else {}
+    saved, histories = [], []
+    for per_layer_updates in (False, True):
+        output_dir = tmp_path / str(per_layer_updates)
+        keep = KeepOptimizer()
+        run_clm.main(arguments(inputs, output_dir, **options, **source, per_layer_updates=per_layer_updates), [keep])
+        assert isinstance(keep.optimizer, PerLayerOptimizer) is per_layer_updates
+        saved.append(next(output_dir.glob("*model.safetensors")).read_bytes())
+        state = json.loads((output_dir / "trainer_state.json").read_text())
+        histories.append([entry for entry in state["log_history"] if "loss" in entry])
+    assert saved[0] == saved[1]
+    for ordinary, layer_by_layer in zip(*histories, strict=True):
+        assert layer_by_layer["grad_norm"] == pytest.approx(ordinary["grad_norm"], rel=1e-5)
+        assert layer_by_layer["loqt/tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     "changes, match",
     [
@@ -97,6 +126,8 @@ def test_full_rank_baseline(run_clm, inputs, tmp_path):
         ({"do_train": False}, "nothing to do"),
         ({"streaming": True, "max_steps": -1}, "needs --max_steps"),
         ({"method": "full", "load_in_4bit": True}, "load_in_4bit"),
+        ({"per_layer_updates": True}, "max_grad_norm=1.0 is not allowed with per-layer updates"),
+        ({"per_layer_updates": True, "max_grad_norm": 0, "optim": "sgd"}, "optim='sgd'"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere: no such directory"),
     ],
 )

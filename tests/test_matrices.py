@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from reference import top_singular_vectors
 
 from loqt_peft.compensation import compensate
@@ -38,6 +38,24 @@ def test_packed_equals_bitsandbytes(shape, quant_type, double_quant, dtype):
     y.sum().backward()
     expected = torch.ones_like(y) @ storage.unpack(packed, dtype)
     assert torch.allclose(x.grad, expected, atol=5e-2 if dtype != torch.float32 else 1e-4)
+
+
+def test_nf4_on_the_cpu_rounds_every_value_to_the_level_that_bitsandbytes_takes():
+    levels = get_4bit_type("nf4", device="cpu")
+    bounds = (levels[1:] + levels[:-1]) / 2
+    # both neighbours in float32 of every bound, level and edge of a bin
+    points = torch.cat([bounds, levels, torch.linspace(-1, 1, 65)])
+    infinity = torch.tensor(torch.inf)
+    points = torch.cat([points, points.nextafter(infinity), points.nextafter(-infinity)]).clamp(-1, 1)
+    # absmax 1, so that the values are not rescaled; more blocks than are quantized at once
+    blocks = torch.cat([points, torch.rand(62 - len(points) % 62) * 2 - 1]).view(-1, 62)
+    blocks = torch.cat([blocks, torch.rand(3000, 62) * 2 - 1])
+    matrix = torch.cat([torch.full((len(blocks), 1), -1.0), blocks, torch.ones(len(blocks), 1)], dim=1)
+    storage = FourBitFormat(tuple(matrix.shape))
+    codes, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+    packed = storage.pack(matrix)
+    assert torch.equal(packed[: codes.numel()], codes.flatten())
+    assert torch.equal(storage.unpack(packed), dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,6 +121,18 @@ def test_randomized_projection_leaves_the_random_state_alone_and_repeats():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(123)
     assert torch.equal(project(G, 5, "randomized"), P)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_random_projection_follows_the_seed_alone(shape):
+    before = torch.get_rng_state()
+    P = project(torch.randn(shape), 5, "random", seed=3)
+    torch.set_rng_state(before)
+    right = is_right(shape)
+    assert torch.allclose(P @ P.T if right else P.T @ P, torch.eye(5), atol=1e-5)
+    assert torch.equal(project(torch.zeros(shape), 5, "random", seed=3), P)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(project(torch.randn(shape), 5, "random", seed=4), P, atol=0.1)
 
 
 def test_gradient_of_low_rank_still_gives_r_directions():

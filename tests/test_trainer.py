@@ -11,10 +11,11 @@ from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounter
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from loqt_peft import LoQTConfig, LoQTTrainerCallback
+from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback, performance
 from loqt_peft.update import loqt_layers
 
 
@@ -217,6 +218,119 @@ def test_postponed_update_survives_a_checkpoint(tmp_path):
     assert resumed.begin_step(6)
 
 
+###############################
+# Memory and speed
+###############################
+
+
+class Clock(TrainerCallback):
+    """Two seconds for the first step, four for the second and so on, and many for everything else."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now += 2.0 * (state.global_step + 1)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.now += 100.0
+
+    def saving(self, save_pretrained):
+        def save(*args, **kwargs):
+            self.now += 1000.0
+            return save_pretrained(*args, **kwargs)
+
+        return save
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(performance, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("loqt", [True, False])
+def test_memory_and_speed_are_logged(tmp_path, clock, monkeypatch, loqt):
+    model = loqt_model() if loqt else tiny_llama()
+    monkeypatch.setattr(model, "save_pretrained", clock.saving(model.save_pretrained))
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        [LoQTTrainerCallback() if loqt else PerformanceCallback(), clock],
+        eval_dataset=TokenDataset(size=12, seed=1),
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        report_to="tensorboard",
+    )
+    trainer.train()
+    assert clock.now > 3000
+    # 2 micro-batches of 4 sequences of 16 tokens in each of two steps
+    expected = [256 / (2 + 4), 256 / (6 + 8), 256 / (10 + 12)]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loqt/tokens_per_second"] for entry in entries] == expected
+    assert all(entry["loqt/peak_resident_memory"] > 2**26 for entry in entries)
+
+    # next to the loss, where the reporters get it
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*"))))
+    events.Reload()
+    for name in ("loqt/tokens_per_second", "loqt/peak_resident_memory"):
+        logged = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert logged == [(entry["step"], pytest.approx(entry[name])) for entry in entries]
+    assert not any(
+        "tokens_per_second" in key for entry in trainer.state.log_history if "eval_loss" in entry for key in entry
+    )
+
+    # nothing is left on the model, and training again counts anew
+    assert model._forward_pre_hooks == {}
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loqt/tokens_per_second"] for entry in entries] == expected
+
+
+def test_embedded_inputs_count_as_tokens(tmp_path, clock):
+    model = tiny_llama()
+    embeddings = torch.randn(8, 16, 32)
+
+    class Embedded(TokenDataset):
+        def __getitem__(self, index):
+            return {"inputs_embeds": embeddings[index], "labels": self.tokens[index]}
+
+    callbacks = [PerformanceCallback(), clock]
+    trainer = make_trainer(model, tmp_path, callbacks, Embedded(8), max_steps=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loqt/tokens_per_second"] == 32.0
+
+
+def test_memory_of_a_device(monkeypatch):
+    calls = []
+    for name, value in (("max_memory_allocated", 3), ("max_memory_reserved", 5), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.accelerator, name, lambda device, n=name, v=value: calls.append((n, device)) or v)
+    device = torch.device("cuda", 1)
+    memory = PerformanceCallback._take_peak_memory(device)
+    assert memory == {"loqt/peak_memory_allocated": 3, "loqt/peak_memory_reserved": 5}
+    assert calls[-1] == ("reset_peak_memory_stats", device) and len(calls) == 3
+
+
+def test_counting_tokens_breaks_no_graph():
+    net, callback = torch.nn.Linear(4, 4), PerformanceCallback()
+    callback._count_tokens(net, torch.device("cpu"))
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for _ in range(3):
+        compiled(torch.ones(2, 4))
+    assert callback._tokens.item() == 3 * 8
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset", "rotate"])
 def test_optimizer_state_at_a_switch(optimizer_state):
     model = loqt_model(optimizer_state=optimizer_state, update_interval=3)
@@ -281,9 +395,10 @@ def test_adapter_that_does_not_train_is_refused():
         begin(model)
 
 
-def test_two_callbacks_are_refused():
+@pytest.mark.parametrize("other", [LoQTTrainerCallback, PerformanceCallback])
+def test_two_callbacks_are_refused(other):
     with pytest.raises(ValueError, match="two of them"):
-        begin(loqt_model(), [LoQTTrainerCallback(), LoQTTrainerCallback()])
+        begin(loqt_model(), [LoQTTrainerCallback(), other()])
 
 
 def test_optimizer_without_b_is_refused():

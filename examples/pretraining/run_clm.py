@@ -39,7 +39,13 @@ from transformers import (
     set_seed,
 )
 
-from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
+from loqt_peft import (
+    LoQTConfig,
+    LoQTTrainerCallback,
+    PerformanceCallback,
+    get_last_checkpoint,
+    per_layer_optimizer,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -159,18 +165,28 @@ class LoQTArguments:
     interval_schedule: Literal["exponential", "linear", "constant"] = config_field("interval_schedule")
     interval_growth: float = config_field("interval_growth")
     max_interval: int | None = config_field("max_interval")
-    projection: Literal["svd", "eigh", "randomized"] = config_field("projection")
+    projection: Literal["svd", "eigh", "randomized", "random"] = config_field("projection")
     optimizer_state: Literal["keep", "reset", "rotate"] = config_field("optimizer_state")
     full_rank_modules: list[str] = field(
         default_factory=lambda: ["all"],
         metadata={"help": "Modules trained in place at full rank: names, all (the default here) or none."},
     )
     retain_base: Literal["device", "cpu", "drop"] = config_field("retain_base")
-    offload_gradients: bool = config_field("offload_gradients")
+    update_mode: Literal["backward", "stagger", "whole"] = config_field("update_mode")
+    offload_gradients: bool | None = config_field("offload_gradients")
+    per_layer_updates: bool = field(
+        default=False,
+        metadata={
+            "help": "Apply and free each gradient inside the backward pass, with any method: the memory of all gradients is "
+            "saved, for the same result. Needs --max_grad_norm 0, one process, no --fp16, and an --optim of AdamW or "
+            "bitsandbytes."
+        },
+    )
 
     def peft_config(self) -> LoQTConfig:
         """Raises ValueError, by way of `LoQTConfig`, for a value that is not allowed."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
+        own = ("method", "per_layer_updates")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         values["r"] = values.pop("rank")
         for name in ("quantize_weight", "quantize_projection"):
             values[name] = None if self.method == "loqt-nq" or values[name] == "none" else values[name]
@@ -191,6 +207,8 @@ def parse_arguments(argv: Sequence[str] | None):
             arguments = parser.parse_args_into_dataclasses(args=argv)
         model_args, data_args, loqt_args, training_args = arguments
         loqt_args.peft_config()
+        if training_args.do_train and loqt_args.per_layer_updates:
+            per_layer_optimizer(training_args)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     if not (training_args.do_train or training_args.do_eval):
@@ -442,8 +460,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         with training_args.main_process_first(desc=f"{split} text"):
             blocks[split] = make_blocks(raw[split], split, limit, tokenizer, block_size, data_args)
 
-    if loqt_args.method.startswith("loqt"):
-        callbacks = [LoQTTrainerCallback(), *callbacks]
+    callback = LoQTTrainerCallback() if loqt_args.method.startswith("loqt") else PerformanceCallback()
     trainer = Trainer(
         model=build_model(model_args, loqt_args, training_args, checkpoint, config, tokenizer),
         args=training_args,
@@ -451,7 +468,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=list(callbacks),
+        callbacks=[callback, *callbacks],
+        optimizer_cls_and_kwargs=per_layer_optimizer(training_args) if loqt_args.per_layer_updates else None,
     )
     metrics = {}
     if training_args.do_train:
