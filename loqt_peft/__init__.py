@@ -25,6 +25,7 @@ _register_peft_type()
 from .callback import LoQTTrainerCallback  # noqa: E402
 from .checkpoint import get_last_checkpoint  # noqa: E402
 from .config import LoQTConfig  # noqa: E402
+from .memory import estimate_memory, plan_memory  # noqa: E402
 from .model import LoQTModel  # noqa: E402
 from .optim import per_layer, per_layer_optimizer  # noqa: E402
 from .performance import PerformanceCallback  # noqa: E402
@@ -38,7 +39,9 @@ __all__ = [
     "LoQTTrainerCallback",
     "PerformanceCallback",
     "__version__",
+    "estimate_memory",
     "get_last_checkpoint",
     "per_layer",
     "per_layer_optimizer",
+    "plan_memory",
 ]

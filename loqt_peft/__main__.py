@@ -1,4 +1,4 @@
-"""`python -m loqt_peft`: what can be done with a saved adapter from the command line."""
+"""`python -m loqt_peft`: what can be done from the command line."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .checkpoint import saved_base_quantization
 from .config import LoQTConfig
+from .estimate_cli import add_estimate_parser
 from .export import FORMATS, check_output_dir, check_rank
 
 
@@ -177,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     export.add_argument("--overwrite", action="store_true", help="replace a model that OUT_DIR holds")
     export.set_defaults(run=export_command)
+    add_estimate_parser(commands)
     return parser
 
 
