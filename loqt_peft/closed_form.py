@@ -509,20 +509,20 @@ class ClosedForm:
         if not (options.full_rank or options.gradient_checkpointing):
             # without a gradient of the embedding nothing before the first adapter is saved
             kept -= self._norm()
-        captured, capturing = self._capture() if capture else (0, 0)
+        captured, sums, capturing = self._capture() if capture else (0, 0, 0)
         table = e * self.table if options.full_rank else 0
         # a table is stepped within the backward pass; a tied one only when its second gradient has come, and both then
         # exist beside what was accumulated
         stepped = table if options.per_layer else 0
         waiting = table if shape.tied and (accumulated or options.per_layer) else 0
-        earlier = L * captured if accumulated and mode not in (None, "backward") else 0
+        earlier = sums if accumulated else 0
 
         def peak(**parts: int) -> Counter:
             return held + Counter(parts)
 
         ordinary, capturing = self._in_layer(layer), max(self._in_layer(layer), capturing + stream)
-        # of staggered updates the last layer's: its gradient is held while all others go through their backward
-        block = L * captured if mode == "stagger" else 0
+        # of staggered updates the last layer's: its sum is held while all others go through their backward
+        block = earlier if mode == "stagger" else 0
         candidates = {
             "forward": [
                 peak(
@@ -585,7 +585,7 @@ class ClosedForm:
                 0 if options.per_layer else 1 if mode == "stagger" else L
             )
             before = 4 * sum(x.numel for x in shape.linears if x.group in ("attention", "output"))
-            left = L * captured - (before if captured and mode != "backward" else 0)
+            left = L * captured - (before if captured and mode == "whole" else 0)
             candidates["switch"] = [peak(gradients=rest, temporaries=left + self._switch())]
         return {name: _largest(found) for name, found in candidates.items()}
 
@@ -600,21 +600,22 @@ class ClosedForm:
         options = self.options
         return options.update_mode == "backward" if options.offload_gradients is None else options.offload_gradients
 
-    def _capture(self) -> tuple[int, int]:
-        """What a captured layer holds until the switch (averaged over all layers), and what capturing needs for a while."""
+    def _capture(self) -> tuple[int, int, int]:
+        """What a captured layer holds until the switch (averaged over all layers), the sums over micro-batches of all
+        layers together, and what capturing needs for a while."""
         shape, options = self.shape, self.options
         numel = max(linear.numel for linear in shape.linears)
         gradient = numel * (4 + (self.size if self.size < 4 else 0))
-        if options.update_mode == "backward":
-            held = sum(self.projection(linear) for linear in shape.linears)
-            transient = max(gradient, 4 * numel + max(self._thin(linear) for linear in shape.linears))
-            if options.gradient_accumulation_steps > 1:
-                transient = max(transient, 8 * numel)
-            return held, transient
-        everything = 4 * sum(linear.numel for linear in shape.linears)
-        if self._offloads():
-            return 0, gradient
-        return everything // (shape.layers if options.update_mode == "stagger" else 1), gradient
+        gradients = 0 if self._offloads() else 4 * sum(linear.numel for linear in shape.linears)
+        if options.update_mode == "whole":
+            return gradients, shape.layers * gradients, gradient
+        projections = 0 if self._offloads() else sum(self.projection(linear) for linear in shape.linears)
+        transient = max(gradient, 4 * numel + max(self._thin(linear) for linear in shape.linears))
+        if options.gradient_accumulation_steps > 1:
+            transient = max(transient, 8 * numel)
+        if options.update_mode == "stagger":
+            return projections // shape.layers, gradients, transient
+        return projections, shape.layers * gradients, transient
 
     def _thin(self, linear: Linear) -> int:
         """The matrices of the randomized range finder, float32 `[side, r + 8]`."""
@@ -625,8 +626,8 @@ class ClosedForm:
         """Merging, requantizing and compensating one layer: float32 matrices of its size."""
         largest = max(self.shape.linears, key=lambda linear: linear.numel)
         packed = sum(self._four_bit(largest.numel)) if self.options.method == "loqt" else self.size * largest.numel
-        matrices = 12 * largest.numel + 2 * packed
-        if self.options.update_mode != "backward" and self._offloads():
+        matrices = 8 * largest.numel + 2 * packed
+        if self.options.update_mode == "whole" and self._offloads():
             matrices += 4 * largest.numel
         adapter = sum(self.adapter(largest)) * (8 + self.adapter_size)
         return matrices + adapter + 8 * math.prod(projection_shape(largest.shape, self.rank(largest)))
@@ -660,9 +661,12 @@ class ClosedForm:
         held = Counter()
         if options.trains_loqt and options.retain_base == "cpu":
             held["base weights"] = self._base_weights()
-        kept = options.update_mode != "backward" or options.gradient_accumulation_steps > 1
-        if options.trains_loqt and self._offloads() and kept:
-            held["gradients"] = 4 * layers * sum(linear.numel for linear in self.shape.linears)
+        if options.trains_loqt and self._offloads():
+            updated = 1 if options.update_mode == "stagger" else layers
+            if options.update_mode == "whole" or options.gradient_accumulation_steps > 1:
+                held["gradients"] = 4 * updated * sum(linear.numel for linear in self.shape.linears)
+            if options.update_mode != "whole":
+                held["P"] = updated * sum(self.projection(linear) for linear in self.shape.linears)
         if options.paged:
             held["optimizer state"] = self.optimizer_state()
         return held

@@ -54,12 +54,16 @@ def compensate(
     right = is_right(W.shape)
     # the pair that the iteration starts from: nothing in B
     weight = storage.pack(W)
-    residual = torch.sub(W, storage.unpack(weight))
     r = P.shape[0] if right else P.shape[1]
     B = torch.zeros((W.shape[0], r) if right else (r, W.shape[1]), dtype=dtype, device=W.device)
+    if storage.is_lossless:
+        return Compensated(weight, B, W.new_zeros(()), W.new_zeros(()))
+    # W and one matrix of its size are held, not more
+    residual = storage.unpack(weight)
+    torch.sub(W, residual, out=residual)
     error_before = _squared_norm(residual)
     best = Compensated(weight, B, error_before, error_before)
-    if steps == 0 or storage.is_lossless:
+    if steps == 0:
         return best
     inverse, inner = pseudo_inverse(P, right) / scale, gram(P, right)
     for step in range(steps):
@@ -78,10 +82,12 @@ def compensate(
             torch.where(better, error, best.error_after),
         )
         if step + 1 < steps:
-            # the memory of the residual serves W − s·PB and the next residual in turn
+            # the room of the residual serves W − s·PB, and then that of the next one
             torch.addmm(W, *((stored, P) if right else (P, stored)), alpha=-scale, out=residual)
             weight = storage.pack(residual)
-            torch.sub(W, storage.unpack(weight), out=residual)
+            del residual
+            residual = storage.unpack(weight)
+            torch.sub(W, residual, out=residual)
     return best._replace(error_after=best.error_after.clamp(min=0))
 
 

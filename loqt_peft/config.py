@@ -108,15 +108,15 @@ class LoQTConfig(PeftConfig):
         default="backward",
         metadata={
             "help": "How an update step bounds the memory of its gradients. 'backward': each layer's gradient is made into P "
-            "within the step's last backward pass, and freed. 'stagger': one block of the model is updated at a time, on "
+            "within the step's last backward pass, and freed. 'stagger': so, but one block of the model at a time, on "
             "consecutive steps. 'whole': the gradients of all layers are kept until the optimizer has stepped."
         },
     )
     offload_gradients: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the gradients that an update step must keep between backward passes lie on the CPU. None: with "
-            "update_mode='backward', where only sums over micro-batches or processes are kept."
+            "help": "Whether what an update step keeps of the gradients (sums over micro-batches, the new P) lies on the CPU. "
+            "None: with update_mode='backward'."
         },
     )
     init_weights: bool = field(

@@ -110,6 +110,14 @@ class _GradientTap(torch.autograd.Function):
         return grad_output, None, None
 
 
+def _on_host(tensor: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy on the CPU, in the memory of `host` if that is such a tensor."""
+    if host is None or host.device.type != "cpu":
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    # in the order of the device's stream, and so is all that reads it
+    return host.copy_(tensor, non_blocking=True)
+
+
 # the layers of compiled models that record gradients, by their `_capture_id`: a compiled graph holds no Python object
 _capturing: weakref.WeakValueDictionary[int, LoQTLayer] = weakref.WeakValueDictionary()
 _capture_ids = itertools.count()
@@ -523,7 +531,7 @@ class LoQTLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The adapter that will be updated.
-            offload (`bool`): Keep on the CPU what has to be kept of the gradient between backward passes.
+            offload (`bool`): Keep on the CPU what has to be kept of the gradient until the switch.
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.
@@ -589,18 +597,14 @@ class LoQTLayer(BaseTunerLayer):
             gradient.add_(self._gradient.to(gradient.device, non_blocking=True))
         if self._calls == 0 and self._is_last_backward is not None and self._is_last_backward():
             self._gradient = None
-            self._projected = self.project_gradient(self._captured_adapter, gradient)
+            projected = self.project_gradient(self._captured_adapter, gradient)
+            if self._offload_gradients:
+                projected = projected._replace(P=_on_host(projected.P))
+            self._projected = projected
         elif self._offload_gradients and self._calls <= 0:
-            self._gradient = self._on_host(gradient)
+            self._gradient = _on_host(gradient, self._gradient)
         else:
             self._gradient = gradient
-
-    def _on_host(self, gradient: torch.Tensor) -> torch.Tensor:
-        host = self._gradient
-        if host is None or host.device.type != "cpu":
-            host = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
-        # in the order of the device's stream, and so is all that reads it
-        return host.copy_(gradient, non_blocking=True)
 
     @torch.no_grad()
     def project_gradient(self, adapter_name: str, gradient: torch.Tensor) -> Projected:
@@ -643,7 +647,7 @@ class LoQTLayer(BaseTunerLayer):
         if projected is None:
             P, energies = self.loqt_P[adapter_name], W.new_zeros(2)
         else:
-            P, energies = projected.P, projected.energies
+            P, energies = projected.P.to(W.device, non_blocking=True), projected.energies
         new = compensate(
             W,
             # P is zero where no gradient has ever come by: B then stays zero

@@ -133,7 +133,7 @@ class StorageCounter(TorchDispatchMode):
         place = HOST if places == {HOST} else None
         to_host = "device" in kwargs and torch.device(kwargs["device"] or "meta").type == "cpu"
         if to_host and self.device_type == "meta":
-            if places and inputs[0].numel() <= _SMALL:
+            if func is aten._to_copy.default and places and inputs[0].numel() <= _SMALL:
                 return torch.ones_like(inputs[0], device="cpu")
             if places or _is_large_factory(func, args):
                 place = HOST
@@ -383,11 +383,18 @@ class Run:
 
     def _stop_capture(self, stop: Callable) -> tuple:
         gradient, projected = stop()
-        if gradient is not None and self.counter.place(gradient) == HOST:
-            # `gradient.to(device)` does nothing to a tensor on `meta`
-            gradient = torch.empty_like(gradient)
-            self.counter.register(gradient, "temporaries", DEVICE)
+        if gradient is not None:
+            gradient = self._to_device(gradient)
+        if projected is not None:
+            projected = projected._replace(P=self._to_device(projected.P))
         return gradient, projected
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.counter.place(tensor) == HOST:
+            # `tensor.to(device)` does nothing on `meta`
+            tensor = torch.empty_like(tensor)
+            self.counter.register(tensor, "temporaries", DEVICE)
+        return tensor
 
     ###############################
     # Steps

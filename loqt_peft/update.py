@@ -91,8 +91,9 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         step (`int`): Number of optimizer steps already taken, as the Trainer's `global_step`.
         is_last_backward (`Callable`, *optional*):
             Asked within a backward pass whether it is the step's last, as `lambda: accelerator.sync_gradients` or, without
-            gradient accumulation, `lambda: True`. With it, `update_mode="backward"` holds the gradient of one layer at a
-            time; without it, or in a `torch.distributed` run, those of all layers are kept until [`end_step`].
+            gradient accumulation, `lambda: True`. With it the gradient of one layer is held at a time, and only sums over
+            micro-batches are kept; without it, in a `torch.distributed` run, or with `update_mode="whole"`, the gradients
+            of all layers whose turn it is are kept until [`end_step`].
 
     Returns:
         `bool`: Whether the step is an update step, by the schedule or because the last update was postponed.
@@ -115,7 +116,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         )
     config = layers[0][1].config[adapter_name]
     # processes must average before anything is made of a gradient
-    in_backward = config.update_mode == "backward" and not _is_distributed()
+    in_backward = config.update_mode != "whole" and not _is_distributed()
     offload = config.update_mode == "backward" if config.offload_gradients is None else config.offload_gradients
     due = _due(layers, adapter_name, step)
     for _, layer in layers:
