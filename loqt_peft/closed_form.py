@@ -598,7 +598,7 @@ class ClosedForm:
 
     def _offloads(self) -> bool:
         options = self.options
-        return options.update_mode == "backward" if options.offload_gradients is None else options.offload_gradients
+        return options.update_mode != "whole" if options.offload_gradients is None else options.offload_gradients
 
     def _capture(self) -> tuple[int, int, int]:
         """What a captured layer holds until the switch (averaged over all layers), the sums over micro-batches of all

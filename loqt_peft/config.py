@@ -116,7 +116,7 @@ class LoQTConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Whether what an update step keeps of the gradients (sums over micro-batches, the new P) lies on the CPU. "
-            "None: with update_mode='backward'."
+            "None: but with update_mode='whole'."
         },
     )
     init_weights: bool = field(

@@ -117,7 +117,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
     config = layers[0][1].config[adapter_name]
     # processes must average before anything is made of a gradient
     in_backward = config.update_mode != "whole" and not _is_distributed()
-    offload = config.update_mode == "backward" if config.offload_gradients is None else config.offload_gradients
+    offload = config.update_mode != "whole" if config.offload_gradients is None else config.offload_gradients
     due = _due(layers, adapter_name, step)
     for _, layer in layers:
         layer.attend()

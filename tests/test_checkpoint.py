@@ -53,9 +53,9 @@ def logits(model, seed=99):
 ###############################
 
 
-def run(folder, config=None, resume=None, dtype=torch.float32, **kwargs):
+def run(folder, config=None, resume=None, dtype=torch.float32, blocks=1, **kwargs):
     """Train to step 40; everything that training left behind."""
-    model = small_llama().to(dtype)
+    model = small_llama(num_hidden_layers=blocks).to(dtype)
     model = get_peft_model(model, loqt_config(r=4, full_rank_modules="all", **SCHEDULE, **(config or {})))
     defaults = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     trainer = make_trainer(model, folder, [LoQTTrainerCallback()], TokenDataset(96), **{**defaults, **kwargs})
@@ -103,6 +103,7 @@ def test_resume_is_bit_identical_from_every_step(tmp_path):
         {"config": {"optimizer_state": "rotate"}},
         {"config": {"optimizer_state": "reset", "quantize_weight": None, "quantize_projection": None}},
         {"config": {"double_quant": True, "retain_base": "drop"}},
+        {"config": {"projection": "random"}},
     ],
     ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()),
 )
@@ -112,6 +113,16 @@ def test_resume_is_bit_identical_in_every_mode(tmp_path, case):
     for step in (8, 24, 32):
         checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
         assert_same(run(tmp_path / "resumed", resume=checkpoint, **{**case, "save_strategy": "no"}), expected)
+
+
+def test_resume_in_the_middle_of_a_staggered_update(tmp_path):
+    case = {"config": {"update_mode": "stagger"}, "blocks": 3}
+    expected = run(tmp_path / "straight", **case)
+    assert expected[-1] == [0, 1, 2, 8, 9, 10, 19, 20, 21, 31, 32, 33]
+    for step in (1, 2, 9, 10, 20):
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        actual = run(tmp_path / f"resumed-{step}", resume=checkpoint, save_strategy="no", **case)
+        assert all(same(this, that) for this, that in zip(actual, expected, strict=True)), step
 
 
 def test_best_model_is_loaded_back_across_switches(tmp_path):
@@ -172,13 +183,16 @@ def train_without_room(folder):
     run(folder, resume=f"{folder}/checkpoint-4", save_steps=8, max_steps=8, logging_steps=100)
 
 
+MEASURED = ("loqt/seconds", "loqt/tokens_per_second", "loqt/peak_resident_memory")
+
+
 def saved(checkpoint):
     """Adapter, optimizer and logs of a checkpoint, but for what depends on the clock."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return {
         "adapter": load_file(checkpoint / "adapter_model.safetensors"),
         "optimizer": torch.load(checkpoint / "optimizer.pt", weights_only=True),
-        "logs": [{k: v for k, v in entry.items() if k != "loqt/seconds"} for entry in state["log_history"]],
+        "logs": [{k: v for k, v in entry.items() if k not in MEASURED} for entry in state["log_history"]],
     }
 
 
