@@ -1,13 +1,14 @@
-"""Seconds of a training step with LoQT against PEFT's LoRA at the same rank, and of a LoQT update.
+"""Seconds of a training step with LoQT against PEFT's LoRA at the same rank and full-rank AdamW, and of a LoQT update.
 
     python benchmarks/step_time.py
 
-Two copies of one LLaMA are trained on the same tokens in one process, in turns, on one thread: first both bases in
-4 bits (bitsandbytes NF4), then both dense. Only the adapters are trained. The medians are over pairs of neighbouring
-steps, so that a machine that slows down for a while slows both. Seconds are given by the clock on the wall, and as
-processor time, which leaves out what else runs on the machine. Ordinary steps of LoQT are counted after its first
-update, when its weights are the packed ones. An update is counted twice: the switch alone (`end_step`), and all that
-the update step costs beyond an ordinary one, which adds the gradients of the weights.
+Copies of one LLaMA are trained on the same tokens in one process, in turns, on one thread: LoRA and LoQT first both
+over a base in 4 bits (bitsandbytes NF4), then both over a dense one, training only the adapters; beside them all
+parameters of the dense model with AdamW. The medians are over pairs of neighbouring steps, so that a machine that slows
+down for a while slows both. Seconds are given by the clock on the wall, and as processor time, which leaves out what
+else runs on the machine. Ordinary steps of LoQT are counted after its first update, when its weights are the packed
+ones. An update is counted twice: merging and requantizing alone (`end_step`), and all that the update step costs beyond
+an ordinary one, which adds the gradients of the weights and their projections.
 
 Results: results/step_time.json and results/step_time.md.
 """
@@ -86,7 +87,8 @@ def measure(kind, options):
     )
     lora = Run(get_peft_model(base(kind, options), lora_config), tokens)
     loqt = Run(get_peft_model(base(kind, options), loqt_config), tokens)
-    pairs, updates = [], []
+    full = Run(base("dense", options), tokens)
+    pairs, updates, full_steps = [], [], []
     total = options.updates * (options.pairs + 1)
     for step in range(total):
         # The order alternates: what runs first in a pair must not profit from it.
@@ -96,13 +98,16 @@ def measure(kind, options):
         else:
             lora_seconds, _, _ = lora.step()
             loqt_seconds, update_seconds, captured = loqt.step()
-        print(f"{kind} step {step + 1}/{total}: LoRA {lora_seconds[0]:.2f} s, LoQT {loqt_seconds[0]:.2f} s", end="")
+        full_seconds, _, _ = full.step()
+        print(f"{kind} step {step + 1}/{total}: full {full_seconds[0]:.2f} s, LoRA {lora_seconds[0]:.2f} s, ", end="")
+        print(f"LoQT {loqt_seconds[0]:.2f} s", end="")
         print(f", of it the update {update_seconds[0]:.2f} s" if captured else "", flush=True)
         # The first steps of a process also pay for allocations; the update of step 0 comes again later.
         if captured and step:
             updates.append((loqt_seconds, update_seconds))
         elif step > 1:
             pairs.append((lora_seconds, loqt_seconds))
+            full_steps.append(full_seconds)
     result = {
         "trained_parameters": {"lora": lora.trained, "loqt": loqt.trained},
         "pairs": len(pairs),
@@ -113,11 +118,14 @@ def measure(kind, options):
         ordinary = statistics.median(seconds[i].item() for _, seconds in pairs)
         ratios = sorted((second / first)[i].item() for first, second in pairs)
         update = statistics.median(seconds[i].item() for _, seconds in updates)
+        of_full = [(own / whole)[i].item() for (_, own), whole in zip(pairs, full_steps, strict=True)]
         result[clock] = {
             "lora_step_seconds": statistics.median(seconds[i].item() for seconds, _ in pairs),
             "loqt_step_seconds": ordinary,
             "step_ratio": statistics.median(ratios),
             "step_ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+            "full_step_seconds": statistics.median(seconds[i].item() for seconds in full_steps),
+            "ratio_to_full": statistics.median(of_full),
             "update_seconds": update,
             "update_in_steps": update / ordinary,
             "update_step_extra_in_steps": statistics.median(s[i].item() for s, _ in updates) / ordinary - 1,
@@ -134,8 +142,8 @@ def main():
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=4, help="ordinary steps between two updates")
-    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=3, help="ordinary steps between two updates")
+    parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--projection", help="instead of the default of LoQTConfig")
     parser.add_argument("--bases", nargs="+", default=["4-bit", "dense"])
     options = parser.parse_args()
@@ -150,6 +158,8 @@ def main():
             f"{r['lora_step_seconds']:.2f}",
             f"{r['loqt_step_seconds']:.2f}",
             f"{r['step_ratio']:.3f} ({r['step_ratio_quartiles'][0]:.3f} to {r['step_ratio_quartiles'][1]:.3f})",
+            f"{r['full_step_seconds']:.2f}",
+            f"{r['ratio_to_full']:.3f}",
             f"{r['update_seconds']:.2f}",
             f"{r['update_in_steps']:.2f}",
             f"{r['update_step_extra_in_steps']:.2f}",
@@ -163,6 +173,8 @@ def main():
         "LoRA step, s",
         "LoQT step, s",
         "ratio, median (quartiles)",
+        "full-rank AdamW step, s",
+        "LoQT / full rank",
         "update, s",
         "update, in steps",
         "update with the capture of gradients, in steps",
