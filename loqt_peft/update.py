@@ -28,7 +28,7 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
 
 @dataclass(frozen=True)
 class LoQTUpdate:
-    """Figures of one update of all layers; norms are Frobenius norms over all layers together.
+    """Figures of the update of a step; norms are Frobenius norms over all layers that were updated together.
 
     Attributes:
         num_updates (`int`): Updates so far, this one included.
@@ -36,7 +36,7 @@ class LoQTUpdate:
         quantization_error_before (`float`): ‖W − deq(q(W))‖ / ‖W‖, before compensation.
         quantization_error_after (`float`): ‖W − deq(Q) − s·PB‖ / ‖W‖, after compensation.
         gradient_energy (`float`): Share of ‖G‖² that lies in the span of the (quantized) P.
-        seconds (`float`): Wall time of the update.
+        seconds (`float`): Wall time of the switch; P may have been computed before, within the backward pass.
     """
 
     num_updates: int
