@@ -458,8 +458,8 @@ class ClosedForm:
         return total
 
     def _optimizer_temporaries(self, numel: int, size: int) -> int:
-        # torch's AdamW makes a square root and a denominator; bitsandbytes' makes nothing
-        return 2 * size * numel if self.options.optimizer_bits == 32 else 0
+        # torch's AdamW makes a square root and a denominator; bitsandbytes', the paged ones too, makes nothing
+        return 2 * size * numel if self.options.optimizer_bits == 32 and not self.options.paged else 0
 
     def _table_step(self) -> int:
         """Beyond the gradient of the embedding or the head, what stepping it within the backward pass needs."""
@@ -626,10 +626,12 @@ class ClosedForm:
         """Merging, requantizing and compensating one layer: float32 matrices of its size."""
         largest = max(self.shape.linears, key=lambda linear: linear.numel)
         packed = sum(self._four_bit(largest.numel)) if self.options.method == "loqt" else self.size * largest.numel
-        matrices = 8 * largest.numel + 2 * packed
+        # W and its residual; the best W so far, a new one, and the codes that it is made of
+        matrices = 8 * largest.numel + 3 * packed
         if self.options.update_mode == "whole" and self._offloads():
             matrices += 4 * largest.numel
-        adapter = sum(self.adapter(largest)) * (8 + self.adapter_size)
+        # B of the least squares, as it is stored and in float32 again, times the Gram matrix of P; the best B so far
+        adapter = sum(self.adapter(largest)) * (12 if self.adapter_size == 4 else 12 + 2 * self.adapter_size)
         return matrices + adapter + 8 * math.prod(projection_shape(largest.shape, self.rank(largest)))
 
     def phases(self) -> dict[str, Counter]:

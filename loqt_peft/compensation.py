@@ -72,7 +72,9 @@ def compensate(
         # ‖R − s·PB‖² by the inner products of P, which are smaller than R. R acts on P's span as s·P times the unrounded B.
         stored = B.float()
         image = stored @ inner if right else inner @ stored
-        error = _squared_norm(residual) - scale**2 * (image * (2 * least_squares - stored)).sum()
+        products = 2 * _dot(image, least_squares) - _dot(image, stored)
+        error = _squared_norm(residual) - scale**2 * products
+        del image, least_squares
         # chosen on the device, which nobody waits for
         better = error < best.error_after
         best = Compensated(
@@ -89,6 +91,11 @@ def compensate(
             residual = storage.unpack(weight)
             torch.sub(W, residual, out=residual)
     return best._replace(error_after=best.error_after.clamp(min=0))
+
+
+def _dot(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    # without a matrix of products
+    return torch.dot(X.flatten(), Y.flatten())
 
 
 def _squared_norm(X: torch.Tensor) -> torch.Tensor:
