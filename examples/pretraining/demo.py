@@ -140,8 +140,8 @@ def table(results: dict[str, dict]) -> str:
     rows.append(
         f"""
 Counted on an ordinary step. LoQT keeps another {retained:.2f} MB on the host, which are not in the sum: the original base
-weights (`retain_base`), of which its adapter is a change. On an update step it also holds {retained:.2f} MB of captured
-gradients."""
+weights (`retain_base`), of which its adapter is a change. On an update step it also holds the gradient of one layer at
+a time."""
     )
     return "\n".join(rows)
 
