@@ -29,7 +29,8 @@ from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_co
 from loqt_peft.simulation import measure_on_cpu, simulate
 
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "examples" / "pretraining" / "configs"
 GB = 10**9
 ORDINARY = ("forward", "backward", "optimizer")
 
@@ -195,7 +196,9 @@ def claims():
     rows = []
     for claim, (size, budget, options) in CLAIMS.items():
         found = estimate(size, True, all_layers=True, budget=budget, **options)
-        rows.append({"claim": claim, **found.to_dict()})
+        # not where this checkout happens to lie
+        model = Path(found.model).relative_to(ROOT).as_posix()
+        rows.append({"claim": claim, **found.to_dict(), "model": model})
         print(claim, found.peak, found.required, found.fits, flush=True)
     return rows
 

@@ -16,6 +16,7 @@ import argparse
 import os
 import statistics
 import time
+from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -140,7 +141,10 @@ def main():
                         "lowest_overlap": min(overlaps),
                     }
                 )
-    write_json("projection.json", {"options": vars(options), "seconds": costs, "quality": kept})
+    write_json(
+        "projection.json",
+        {"options": {**vars(options), "text": Path(options.text).name}, "seconds": costs, "quality": kept},
+    )
 
     cost_rows = [[c["shape"]] + [f"{c[name]:.3f}" for name, _, _ in COSTS] for c in costs]
     quality_rows = [
