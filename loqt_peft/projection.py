@@ -16,7 +16,7 @@ import torch
 PROJECTIONS = ("svd", "eigh", "randomized", "random")
 OVERSAMPLING = 8
 POWER_ITERATIONS = 1
-# share of the mean of the diagonal, where a Gram matrix has lost rank
+# share of the trace, where a Gram matrix has lost rank
 RIDGE = 1e-6
 
 
@@ -78,7 +78,7 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
     # one orientation from here on: the smaller side is the second one
     G = (gradient if right else gradient.T).float()
     # an arbitrary loss scale must not push the Gram matrix out of float32
-    scale = torch.linalg.vector_norm(G, torch.inf).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+    scale = torch.linalg.vector_norm(G, torch.inf).clamp_min(1e-30).reciprocal()
     if method == "svd":
         vectors = torch.linalg.svd(G * scale, full_matrices=False).Vh[:r]
     elif method == "eigh":
@@ -105,14 +105,10 @@ def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
     """The top-r right singular vectors of G `[m, n]`, m >= n, in the rows of `[r, n]`."""
     m, n = G.shape
     width = min(r + OVERSAMPLING, n)
-    basis = G.T @ (_normal(m, width, 0, G.device) * scale)
-    for _ in range(POWER_ITERATIONS):
-        # only so that the leading directions do not drown the others
-        factor = _cholesky(basis.T @ basis)
-        basis = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
-        basis = G.T @ (G @ basis * scale)
     # the basis lies on the smaller side, so that it alone has to be orthonormal
-    basis = torch.linalg.qr(basis).Q
+    basis = torch.linalg.qr(G.T @ (_normal(m, width, 0, G.device) * scale)).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(G.T @ (G @ basis * scale)).Q
     coordinates = G @ basis * scale
     rotation = torch.linalg.eigh(coordinates.T @ coordinates).eigenvectors[:, -r:].flip(1)
     return (basis @ rotation).T
@@ -124,9 +120,8 @@ def _cholesky(inner: torch.Tensor) -> torch.Tensor:
     Nothing here waits for the device.
     """
     factor, info = torch.linalg.cholesky_ex(inner)
-    diagonal = inner.diagonal()
-    ridge = RIDGE * diagonal.mean() + torch.finfo(torch.float32).tiny ** 0.5
-    regular = torch.linalg.cholesky_ex(inner + torch.diag_embed(ridge.expand_as(diagonal))).L
+    ridge = RIDGE * inner.trace() + torch.finfo(torch.float32).tiny ** 0.5
+    regular = torch.linalg.cholesky_ex(inner + torch.diag_embed(ridge.expand(len(inner)))).L
     return torch.where(info > 0, regular, factor)
 
 
@@ -134,7 +129,7 @@ def pseudo_inverse(P: torch.Tensor, right: bool) -> torch.Tensor:
     """P⁺, in the transposed shape of P: `Pᵀ (P Pᵀ)⁻¹` or `(Pᵀ P)⁻¹ Pᵀ`.
 
     P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ. An r x r Cholesky solve; where P has lost
-    rank, that of the least squares with a ridge of 1e-6 of the mean of their diagonal. Of zeros it is zeros.
+    rank, that of the least squares with a ridge of 1e-6 of its trace. Of zeros it is zeros.
     """
     factor = _cholesky(gram(P, right))
     return torch.cholesky_solve(P, factor).T if right else torch.cholesky_solve(P.T, factor)

@@ -142,6 +142,24 @@ def test_gradient_of_low_rank_still_gives_r_directions():
         assert torch.allclose(P @ P.T, torch.eye(6), atol=1e-4), method
 
 
+@pytest.mark.parametrize("build", ["rank 1", "one row", "dominated", "zero"])
+@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)])
+def test_randomized_projection_of_degenerate_gradients(build, shape):
+    # in float32 the Gram matrices of so wide a basis lose rank
+    one = torch.randn(shape[0], 1) @ torch.randn(1, shape[1])
+    G = {
+        "rank 1": one,
+        "one row": one * (torch.arange(shape[0]) == 3).unsqueeze(1),
+        "dominated": 1e4 * one + 1e-2 * torch.randn(shape),
+        "zero": torch.zeros(shape),
+    }[build]
+    P = project(G, 128, "randomized")
+    inner = P @ P.T if is_right(shape) else P.T @ P
+    assert torch.allclose(inner, torch.eye(128), atol=1e-4)
+    stored = FourBitFormat(tuple(P.shape))
+    assert captured_energy(G, stored.unpack(stored.pack(P))) >= 0.9 * G.square().sum()
+
+
 @pytest.mark.parametrize("r", [0, 31])
 def test_rank_out_of_range(r):
     with pytest.raises(ValueError, match=f"r={r}"):
