@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from .config import RETAIN_BASE, UPDATE_MODES
-from .projection import OVERSAMPLING, is_right, projection_shape, trainable_shape
+from .projection import is_right, projection_shape, sketch_width, trainable_shape
 from .quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
 
 
@@ -618,9 +618,10 @@ class ClosedForm:
         return projections, shape.layers * gradients, transient
 
     def _thin(self, linear: Linear) -> int:
-        """The matrices of the randomized range finder, float32 `[side, r + 8]`."""
-        width = min(self.rank(linear) + OVERSAMPLING, *linear.shape)
-        return 4 * width * (2 * max(linear.shape) + 2 * min(linear.shape))
+        """The matrices of the randomized range finder, float32, of its width."""
+        smaller, larger = min(linear.shape), max(linear.shape)
+        # a sketch and what it is made of; the QR of its image
+        return 4 * sketch_width(self.rank(linear), smaller) * max(larger + smaller, 3 * smaller)
 
     def _switch(self) -> int:
         """Merging, requantizing and compensating one layer: float32 matrices of its size."""

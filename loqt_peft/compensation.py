@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .projection import gram, is_right, pseudo_inverse
+from .projection import inverse_gram, is_right, restrict, squared_norm
 from .quantization import DenseFormat, FourBitFormat
 
 
@@ -37,8 +37,8 @@ def compensate(
     r"""Quantize W, and let B take up what quantization lost within the span of P.
 
     Starting from B = 0, `steps` times: Q ← q(W − s·PB), B ← P⁺(W − deq(Q)) / s. The pair with the smallest
-    ‖W − deq(Q) − s·PB‖ is kept; a pair counts with B as it is stored. The residual is W − deq(Q), as in LoftQ and in the
-    authors' code; the printed Algorithm 2 differs.
+    ‖W − deq(Q) − s·PB‖ is kept. The residual is W − deq(Q), as in LoftQ and in the authors' code; the printed Algorithm 2
+    differs.
 
     Args:
         W (`torch.Tensor`): The merged weight, float32 `[out, in]`.
@@ -61,31 +61,31 @@ def compensate(
     # W and one matrix of its size are held, not more
     residual = storage.unpack(weight)
     torch.sub(W, residual, out=residual)
-    error_before = _squared_norm(residual)
+    error_before = squared_norm(residual)
     best = Compensated(weight, B, error_before, error_before)
     if steps == 0:
         return best
-    inverse, inner = pseudo_inverse(P, right) / scale, gram(P, right)
+    inverse = inverse_gram(P, right) / scale
     for step in range(steps):
-        least_squares = residual @ inverse if right else inverse @ residual
+        # R in the coordinates of P serves the least squares and their error; what rounding B to 16 bits adds, some 1e-5 of
+        # the error, is left out
+        coordinates = restrict(residual, P, right)
+        least_squares = coordinates @ inverse if right else inverse @ coordinates
+        error = squared_norm(residual) - scale * _dot(coordinates, least_squares)
         B = least_squares.to(dtype)
-        # ‖R − s·PB‖² by the inner products of P, which are smaller than R. R acts on P's span as s·P times the unrounded B.
-        stored = B.float()
-        image = stored @ inner if right else inner @ stored
-        products = 2 * _dot(image, least_squares) - _dot(image, stored)
-        error = _squared_norm(residual) - scale**2 * products
-        del image, least_squares
+        del coordinates, least_squares
         # chosen on the device, which nobody waits for
         better = error < best.error_after
         best = Compensated(
-            torch.where(better, weight, best.weight),
-            torch.where(better, B, best.B),
+            _where(better, weight, best.weight),
+            _where(better, B, best.B),
             error_before,
             torch.where(better, error, best.error_after),
         )
         if step + 1 < steps:
             # the room of the residual serves W − s·PB, and then that of the next one
-            torch.addmm(W, *((stored, P) if right else (P, stored)), alpha=-scale, out=residual)
+            factors = (B.float(), P) if right else (P, B.float())
+            torch.addmm(W, *factors, alpha=-scale, out=residual)
             weight = storage.pack(residual)
             del residual
             residual = storage.unpack(weight)
@@ -93,11 +93,13 @@ def compensate(
     return best._replace(error_after=best.error_after.clamp(min=0))
 
 
+def _where(condition: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    if X.dtype == torch.uint8:
+        # a packed matrix has whole words, which take an eighth of the time
+        return torch.where(condition, X.view(torch.int64), Y.view(torch.int64)).view(torch.uint8)
+    return torch.where(condition, X, Y)
+
+
 def _dot(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     # without a matrix of products
     return torch.dot(X.flatten(), Y.flatten())
-
-
-def _squared_norm(X: torch.Tensor) -> torch.Tensor:
-    # without a matrix of squares
-    return torch.linalg.vector_norm(X).square()

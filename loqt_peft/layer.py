@@ -19,7 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
 from .compensation import compensate
-from .projection import captured_energy, expand, gram, is_right, project, projection_shape, trainable_shape
+from .functional import LoQTLinear
+from .projection import (
+    captured_energy,
+    expand,
+    gram,
+    is_right,
+    project,
+    projection_shape,
+    squared_norm,
+    trainable_shape,
+)
 from .quantization import storage_format, undo_cpu_packing
 
 
@@ -102,7 +112,9 @@ class _GradientTap(torch.autograd.Function):
     def forward(ctx, y: torch.Tensor, x: torch.Tensor, layer: LoQTLayer) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return y.view_as(y)
+        # not as a view: models may write to a layer's output, but not to a view that a custom function made
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
@@ -618,10 +630,10 @@ class LoQTLayer(BaseTunerLayer):
             [`Projected`]
         """
         projection_format = self.projection_format(adapter_name)
-        finite = torch.isfinite(gradient.sum())
+        energy = squared_norm(gradient)
+        finite = torch.isfinite(energy)
         # a decomposition must not see what is not finite
         gradient.masked_fill_(~finite, 0)
-        energy = torch.linalg.vector_norm(gradient).square()
         # from the user's seed, as the Trainer sets it again when it resumes; another one for each layer and update
         seed = hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
         new = projection_format.pack(
@@ -657,7 +669,7 @@ class LoQTLayer(BaseTunerLayer):
             self.config[adapter_name].compensation_steps,
             B.dtype,
         )
-        norms = torch.stack([self._squared_change(adapter_name), torch.linalg.vector_norm(W).square()])
+        norms = torch.stack([self._squared_change(adapter_name), squared_norm(W)])
         errors = torch.stack([new.error_before, new.error_after])
         return Switch(new.weight, P, new.B, torch.cat([norms, errors, energies]).double())
 
@@ -728,17 +740,14 @@ class Linear(LoQTLayer, nn.Module):
         if self.merged or not adapters:
             return self._base_forward(x)
 
-        y = self._weight_forward(x, adapters)
-        dtype = y.dtype
-        for adapter_name in adapters:
-            y = y + self._low_rank_forward(x, adapter_name)
-        y = y.to(dtype)
+        fuses = self._can_fuse(x, adapters)
+        y = self._fused_forward(x, adapters[0]) if fuses else self._unfused_forward(x, adapters)
         if self.training and self.capturing:
             y = self._tap(x, y)
         elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:
                 self._warn_if_b_cannot_learn(adapter_name)
-        return y
+        return y.view(*x.shape[:-1], self.out_features) if fuses else y
 
     def _tap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -762,6 +771,35 @@ class Linear(LoQTLayer, nn.Module):
         weight = self._base_weight().to(x.device, self.weight_dtype)
         return F.linear(x.to(self.weight_dtype), weight, base_layer.bias)
 
+    def _can_fuse(self, x: torch.Tensor, adapters: list[str]) -> bool:
+        # torch.compile fuses by itself
+        if len(adapters) > 1 or not self.is_drifted(adapters[0]) or torch.compiler.is_compiling():
+            return False
+        compute_dtype, output_dtype = self._weight_dtypes(x)
+        return compute_dtype == output_dtype == self._low_rank_dtype(x, adapters[0])
+
+    def _fused_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`[..., in]` to `[n, out]`."""
+        dtype, bias = self._low_rank_dtype(x, adapter_name), self.get_base_layer().bias
+        return LoQTLinear.apply(
+            x.reshape(-1, self.in_features).to(dtype),
+            self.loqt_B[adapter_name].to(dtype),
+            None if bias is None else bias.to(dtype),
+            self.loqt_weight[adapter_name],
+            self.loqt_P[adapter_name],
+            self.weight_format(adapter_name),
+            self.projection_format(adapter_name),
+            self.scaling[adapter_name],
+            self.right,
+        )
+
+    def _unfused_forward(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        y = self._weight_forward(x, adapters)
+        dtype = y.dtype
+        for adapter_name in adapters:
+            y = y + self._low_rank_forward(x, adapter_name)
+        return y.to(dtype)
+
     def _weight_forward(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         drifted = [name for name in adapters if self.is_drifted(name)]
         y = self._base_forward(x) if len(drifted) != 1 else None
@@ -771,14 +809,22 @@ class Linear(LoQTLayer, nn.Module):
             y = own if len(drifted) == 1 else y + (own - self._base_forward(x))
         return y
 
-    def _drifted_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        input_dtype = x.dtype
+    def _weight_dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """In which the product with W is computed, and returned."""
         if torch.is_autocast_enabled(x.device.type):
-            output_dtype = compute_dtype = torch.get_autocast_dtype(x.device.type)
-        elif self.quantization_backend is not None:
-            output_dtype, compute_dtype = input_dtype, self.get_base_layer().compute_dtype or input_dtype
-        else:
-            output_dtype = compute_dtype = self.weight_dtype
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return dtype, dtype
+        if self.quantization_backend is not None:
+            return self.get_base_layer().compute_dtype or x.dtype, x.dtype
+        return self.weight_dtype, self.weight_dtype
+
+    def _low_rank_dtype(self, x: torch.Tensor, adapter_name: str) -> torch.dtype:
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return self._cast_input_dtype(x, self.loqt_B[adapter_name].dtype).dtype
+
+    def _drifted_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        compute_dtype, output_dtype = self._weight_dtypes(x)
         bias = self.get_base_layer().bias
         if bias is not None:
             bias = bias.to(compute_dtype)
@@ -789,10 +835,7 @@ class Linear(LoQTLayer, nn.Module):
     def _low_rank_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         B, P = self.loqt_B[adapter_name], self.loqt_P[adapter_name]
         scaling, projection_format = self.scaling[adapter_name], self.projection_format(adapter_name)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        else:
-            x = self._cast_input_dtype(x, B.dtype)
+        x = x.to(self._low_rank_dtype(x, adapter_name))
         # s goes onto the smaller of the tensors, `[..., r]`
         if self.right:
             return F.linear(scaling * projection_format.linear(x, P), B)

@@ -14,9 +14,9 @@ import torch
 
 
 PROJECTIONS = ("svd", "eigh", "randomized", "random")
-OVERSAMPLING = 8
-POWER_ITERATIONS = 1
-# share of the trace, where a Gram matrix has lost rank
+# of the randomized range finder
+MIN_OVERSAMPLING, OVERSAMPLING_SHARE = 32, 8
+# share of the mean eigenvalue of a Gram matrix
 RIDGE = 1e-6
 
 
@@ -50,6 +50,12 @@ def gram(P: torch.Tensor, right: bool) -> torch.Tensor:
     return P @ P.T if right else P.T @ P
 
 
+def squared_norm(X: torch.Tensor) -> torch.Tensor:
+    """Squared Frobenius norm of a matrix, 0-d; without a matrix of squares."""
+    # row by row: in one float32 sum over millions of squares the small ones are lost
+    return torch.linalg.vector_norm(X, dim=1).square().sum()
+
+
 def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: int = 0) -> torch.Tensor:
     r"""The top-r singular vectors of the gradient on its smaller side (paper Algorithm 1, line 7), or random directions.
 
@@ -58,9 +64,10 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
         r (`int`): Number of directions, at most min(out, in).
         method (`str`):
             `"svd"`: exact. `"eigh"`: eigenvectors of the Gram matrix of the smaller side, exact up to rounding.
-            `"randomized"`: Halko et al.'s range finder with 8 extra directions and a power iteration, from a fixed seed; it
-            makes no copy of the gradient, only thin matrices. `"random"`: orthonormal directions that have nothing to do
-            with the gradient. The global random state is left alone by both.
+            `"randomized"`: Halko et al.'s range finder on Gᵀ G, with r/8, but at least 32, extra directions, from a fixed
+            seed; it makes no copy of the gradient, only thin matrices. Directions weaker than about 3e-4 of the strongest
+            one are below what it resolves. `"random"`: orthonormal directions that have nothing to do with the gradient.
+            The global random state is left alone by both.
         seed (`int`): Of `"random"`.
 
     Returns:
@@ -91,8 +98,8 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
     else:
         raise ValueError(f"projection={method!r} is not allowed: one of {', '.join(map(repr, PROJECTIONS))}.")
     # the sign of a singular vector is arbitrary, and 4-bit rounding is not symmetric
-    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
-    vectors = vectors * largest.sign()
+    signs = torch.where(vectors.amax(dim=1) >= -vectors.amin(dim=1), 1.0, -1.0)
+    vectors = vectors * signs.unsqueeze(1)
     return (vectors if right else vectors.T).contiguous()
 
 
@@ -101,44 +108,41 @@ def _normal(rows: int, columns: int, seed: int, device: torch.device) -> torch.T
     return torch.randn(rows, columns, generator=generator, device=generator.device).to(device)
 
 
+def sketch_width(r: int, smaller_side: int) -> int:
+    """How many directions the randomized range finder looks at to find r."""
+    return min(r + max(MIN_OVERSAMPLING, r // OVERSAMPLING_SHARE), smaller_side)
+
+
 def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
     """The top-r right singular vectors of G `[m, n]`, m >= n, in the rows of `[r, n]`."""
-    m, n = G.shape
-    width = min(r + OVERSAMPLING, n)
+    n = G.shape[1]
+    sketch = G @ _normal(n, sketch_width(r, n), 0, G.device).mul_(scale)
     # the basis lies on the smaller side, so that it alone has to be orthonormal
-    basis = torch.linalg.qr(G.T @ (_normal(m, width, 0, G.device) * scale)).Q
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(G.T @ (G @ basis * scale)).Q
-    coordinates = G @ basis * scale
+    image = (G.T @ sketch).mul_(scale)
+    del sketch
+    basis = torch.linalg.qr(image).Q
+    del image
+    coordinates = (G @ basis).mul_(scale)
     rotation = torch.linalg.eigh(coordinates.T @ coordinates).eigenvectors[:, -r:].flip(1)
     return (basis @ rotation).T
 
 
-def _cholesky(inner: torch.Tensor) -> torch.Tensor:
-    """Cholesky factor of a Gram matrix `[r, r]`; where it has lost rank, of one with a small ridge.
+def inverse_gram(P: torch.Tensor, right: bool) -> torch.Tensor:
+    """`(P Pᵀ)⁻¹` or `(Pᵀ P)⁻¹`, `[r, r]`, by a Cholesky factor; nothing here waits for the device.
 
-    Nothing here waits for the device.
+    P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ but Pᵀ times this. A ridge of 1e-6 of the mean
+    squared length keeps the factor finite where directions are zero.
     """
-    factor, info = torch.linalg.cholesky_ex(inner)
-    ridge = RIDGE * inner.trace() + torch.finfo(torch.float32).tiny ** 0.5
-    regular = torch.linalg.cholesky_ex(inner + torch.diag_embed(ridge.expand(len(inner)))).L
-    return torch.where(info > 0, regular, factor)
-
-
-def pseudo_inverse(P: torch.Tensor, right: bool) -> torch.Tensor:
-    """P⁺, in the transposed shape of P: `Pᵀ (P Pᵀ)⁻¹` or `(Pᵀ P)⁻¹ Pᵀ`.
-
-    P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ. An r x r Cholesky solve; where P has lost
-    rank, that of the least squares with a ridge of 1e-6 of its trace. Of zeros it is zeros.
-    """
-    factor = _cholesky(gram(P, right))
-    return torch.cholesky_solve(P, factor).T if right else torch.cholesky_solve(P.T, factor)
+    inner = gram(P, right)
+    ridge = RIDGE * inner.trace() / len(inner) + torch.finfo(torch.float32).tiny ** 0.5
+    inner.diagonal().add_(ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(inner).L)
 
 
 def captured_energy(gradient: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norm of the part of the gradient that lies in the span of P; a 0-d tensor."""
     right = is_right(gradient.shape)
-    coordinates = restrict(gradient, P, right)
-    inner = coordinates.T @ coordinates if right else coordinates @ coordinates.T
-    # ‖G P⁺ P‖² = tr((P Pᵀ)⁻¹ P Gᵀ G Pᵀ)
-    return torch.cholesky_solve(inner, _cholesky(gram(P, right))).trace()
+    coordinates, inverse = restrict(gradient, P, right), inverse_gram(P, right)
+    # ‖G P⁺ P‖² = <G Pᵀ (P Pᵀ)⁻¹, G Pᵀ>
+    fitted = coordinates @ inverse if right else inverse @ coordinates
+    return torch.dot(fitted.flatten(), coordinates.flatten())

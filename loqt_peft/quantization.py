@@ -84,13 +84,12 @@ def _quantize_nf4_on_cpu(matrix: torch.Tensor, codes: torch.Tensor) -> torch.Ten
         chunk = blocks[start : start + _CHUNK].float()
         maxima = torch.amax(chunk.abs(), dim=1)
         absmax[start : start + _CHUNK] = maxima
-        scaled = (chunk * maxima.clamp(min=1e-38).reciprocal().unsqueeze(1)).clamp_(-1, 1).nan_to_num_(0).view(-1)
+        scaled = (chunk * maxima.clamp(min=1e-38).reciprocal().unsqueeze(1)).nan_to_num_(0).view(-1)
         bins = ((scaled + 1) * (_BINS / 2)).int()
         following_bound = following.index_select(0, bins)
-        nearest = below.index_select(0, bins).add_(torch.gt(scaled, following_bound, out=scaled)).to(torch.uint8)
+        nearest = below.index_select(0, bins).add_(torch.gt(scaled, following_bound, out=scaled)).view(-1, 2)
         # two codes to a byte, the first one in its upper half
-        pairs = nearest.view(torch.int16)
-        codes[start * BLOCKSIZE // 2 :][: pairs.numel()] = (pairs << 4) | (pairs >> 8)
+        codes[start * BLOCKSIZE // 2 :][: nearest.shape[0]] = torch.add(nearest[:, 1], nearest[:, 0], alpha=16)
     return absmax
 
 

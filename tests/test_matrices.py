@@ -6,7 +6,7 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from reference import top_singular_vectors
 
 from loqt_peft.compensation import compensate
-from loqt_peft.projection import captured_energy, expand, is_right, project, projection_shape, pseudo_inverse
+from loqt_peft.projection import captured_energy, expand, inverse_gram, is_right, project, projection_shape
 from loqt_peft.quantization import DenseFormat, FourBitFormat, storage_format
 
 
@@ -169,14 +169,18 @@ def test_rank_out_of_range(r):
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
 def test_pseudo_inverse_equals_pinv(shape):
     right = shape[0] < shape[1]
+
+    def pseudo_inverse(P):
+        return P.T @ inverse_gram(P, right) if right else inverse_gram(P, right) @ P.T
+
     P = FourBitFormat(shape).unpack(FourBitFormat(shape).pack(torch.randn(shape)))
-    assert torch.allclose(pseudo_inverse(P, right), torch.linalg.pinv(P), atol=1e-4)
+    assert torch.allclose(pseudo_inverse(P), torch.linalg.pinv(P), atol=1e-4)
     # a direction that 4 bits have rounded away
     if right:
         P[3] = 0
     else:
         P[:, 3] = 0
-    assert torch.allclose(pseudo_inverse(P, right), torch.linalg.pinv(P), atol=1e-4)
+    assert torch.allclose(pseudo_inverse(P), torch.linalg.pinv(P), atol=1e-4)
 
 
 ###############################
@@ -186,11 +190,14 @@ def test_pseudo_inverse_equals_pinv(shape):
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64)])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_compensation_reports_the_error_that_it_leaves(shape, steps):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compensation_reports_the_error_that_it_leaves(shape, steps, dtype):
     W, P = torch.randn(shape), project(torch.randn(shape), 12, "svd")
     storage = FourBitFormat(shape)
-    result = compensate(W, P, storage, 0.5, steps)
-    approximation = storage.unpack(result.weight) + 0.5 * expand(P, result.B, is_right(shape))
+    P = FourBitFormat(tuple(P.shape)).unpack(FourBitFormat(tuple(P.shape)).pack(P))
+    result = compensate(W, P, storage, 0.5, steps, dtype)
+    assert result.B.dtype == dtype
+    approximation = storage.unpack(result.weight) + 0.5 * expand(P, result.B.float(), is_right(shape))
     assert torch.allclose(result.error_after, (W - approximation).square().sum(), rtol=1e-4)
     assert torch.allclose(result.error_before, (W - storage.unpack(storage.pack(W))).square().sum(), rtol=1e-5)
     assert result.error_after < result.error_before
