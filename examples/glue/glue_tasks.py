@@ -1,0 +1,71 @@
+"""The eight tasks of GLUE and the methods of the paper's table 2, and its settings for each task (DeBERTaV3-base)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name (`str`): Its name on the Hub.
+        sentence_keys (`tuple[str, ...]`): The columns of text.
+        labels (`tuple[str, ...]`): In the order of their numbers; empty for a regression.
+        score (`str`): The metric that a table of results shows.
+        learning_rate (`float`), num_train_epochs (`int`): The paper's, for LoQT.
+        validation_splits, test_splits (`tuple[str, ...]`): The first one is the main one.
+    """
+
+    name: str
+    sentence_keys: tuple[str, ...]
+    labels: tuple[str, ...]
+    score: str
+    learning_rate: float
+    num_train_epochs: int
+    validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+
+METHODS = ("loqt", "loqt-nq", "lora", "loftq", "galore", "full")
+
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation", 8e-5, 20),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            "accuracy",
+            1e-4,
+            5,
+            ("validation_matched", "validation_mismatched"),
+            ("test_matched", "test_mismatched"),
+        ),
+        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", 1e-4, 60),
+        Task("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy", 5e-5, 10),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", 5e-5, 10),
+        Task("rte", ("sentence1", "sentence2"), _ENTAILMENT, "accuracy", 5e-5, 20),
+        Task("sst2", ("sentence",), ("negative", "positive"), "accuracy", 5e-5, 10),
+        Task("stsb", ("sentence1", "sentence2"), (), "pearson", 1e-4, 60),
+    )
+}
+
+
+def preset(task_name: str | None) -> dict:
+    """Arguments of `TrainingArguments` that a task brings, by the paper; nothing without one of the tasks."""
+    task = TASKS.get((task_name or "").lower().replace("-", ""))
+    if task is None:
+        return {}
+    return {
+        "learning_rate": task.learning_rate,
+        "num_train_epochs": task.num_train_epochs,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+    }
