@@ -6,7 +6,15 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from reference import top_singular_vectors
 
 from loqt_peft.compensation import compensate
-from loqt_peft.projection import captured_energy, expand, inverse_gram, is_right, project, projection_shape
+from loqt_peft.projection import (
+    PROJECTIONS,
+    captured_energy,
+    expand,
+    inverse_gram,
+    is_right,
+    project,
+    projection_shape,
+)
 from loqt_peft.quantization import DenseFormat, FourBitFormat, storage_format
 
 
@@ -158,6 +166,17 @@ def test_randomized_projection_of_degenerate_gradients(build, shape):
     assert torch.allclose(inner, torch.eye(128), atol=1e-4)
     stored = FourBitFormat(tuple(P.shape))
     assert captured_energy(G, stored.unpack(stored.pack(P))) >= 0.9 * G.square().sum()
+
+
+@pytest.mark.parametrize("method", PROJECTIONS)
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_largest_entry_of_each_direction_is_positive(method, shape):
+    # with the signs that a decomposition happens to give, NF4, which is not symmetric, would round another P
+    G = torch.randn(shape)
+    for gradient in (G, -G):
+        P = project(gradient, 12, method)
+        directions = P if is_right(shape) else P.T
+        assert (directions.amax(dim=1) >= -directions.amin(dim=1)).all()
 
 
 @pytest.mark.parametrize("r", [0, 31])
