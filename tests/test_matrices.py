@@ -48,6 +48,19 @@ def test_packed_equals_bitsandbytes(shape, quant_type, double_quant, dtype):
     assert torch.allclose(x.grad, expected, atol=5e-2 if dtype != torch.float32 else 1e-4)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_block(value):
+    # a run that diverged must not end in an error about an index
+    matrix = torch.randn(8, 64)
+    storage = FourBitFormat((8, 64))
+    expected = storage.unpack(storage.pack(matrix))
+    matrix[3, 5] = value
+    actual = storage.unpack(storage.pack(matrix))
+    assert not torch.isfinite(actual[3]).all()
+    others = torch.arange(8) != 3
+    assert torch.equal(actual[others], expected[others])
+
+
 def test_nf4_on_the_cpu_rounds_every_value_to_the_level_that_bitsandbytes_takes():
     levels = get_4bit_type("nf4", device="cpu")
     bounds = (levels[1:] + levels[:-1]) / 2
