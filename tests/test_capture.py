@@ -295,12 +295,13 @@ def test_unfinished_update_step_does_not_go_on_capturing():
     assert model.end_step() is None
 
 
-def test_non_finite_gradient_postpones_the_update_and_changes_nothing():
+@pytest.mark.parametrize("is_last_backward", [None, lambda: True])
+def test_non_finite_gradient_postpones_the_update_and_changes_nothing(is_last_backward):
     model = get_peft_model(tiny_llama(), loqt_config(update_interval=10))
     train_steps(model, 1)
     state = {k: v.clone() for k, v in model.state_dict().items() if "loqt" in k and "state" not in k}
     model.train()
-    model.begin_step(10)
+    model.begin_step(10, is_last_backward)
     loss = model(input_ids=token_batch(1), labels=token_batch(1)).loss * float("inf")
     loss.backward()
     with pytest.warns(UserWarning, match="postponed"):
@@ -308,13 +309,13 @@ def test_non_finite_gradient_postpones_the_update_and_changes_nothing():
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
     model.zero_grad()
     # still pending, and said once only
-    assert model.begin_step(11)
+    assert model.begin_step(11, is_last_backward)
     (model(input_ids=token_batch(1), labels=token_batch(1)).loss * float("inf")).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model.end_step() is None
     model.zero_grad()
-    assert model.begin_step(12)
+    assert model.begin_step(12, is_last_backward)
     model(input_ids=token_batch(1), labels=token_batch(1)).loss.backward()
     assert model.end_step().num_updates == 2
     assert not model.begin_step(13)
