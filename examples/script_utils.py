@@ -18,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
 
@@ -220,3 +221,13 @@ def set_up_logging(args: TrainingArguments, logger: logging.Logger) -> None:
     _logger.setLevel(level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> dict:
+    """Train from the checkpoint, if there is one, save model, metrics and state, and return the metrics."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    return result.metrics

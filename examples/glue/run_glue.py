@@ -55,6 +55,7 @@ from script_utils import (
     load_config_and_tokenizer,
     random_model,
     set_up_logging,
+    train,
 )
 
 
@@ -369,15 +370,6 @@ def metric_function(task: Task | None, labels: list | None) -> tuple[Callable[[E
         return result
 
     return compute_metrics, source
-
-
-def train(trainer: Trainer, checkpoint: str | None) -> dict:
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    return result.metrics
 
 
 def evaluate(trainer: Trainer, task: Task | None, data: dict, source: str) -> dict:

@@ -46,6 +46,7 @@ from script_utils import (
     load_config_and_tokenizer,
     random_model,
     set_up_logging,
+    train,
 )
 
 
@@ -230,15 +231,6 @@ def build_model(
         lora_config(loqt_args, model) if loqt_args.method == "lora" else loqt_args.peft_config("CAUSAL_LM")
     )
     return get_peft_model(model, peft_config)
-
-
-def train(trainer: Trainer, checkpoint: str | None) -> dict:
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    return result.metrics
 
 
 def evaluate(trainer: Trainer) -> dict:
