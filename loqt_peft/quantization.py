@@ -197,12 +197,40 @@ class FourBitFormat:
     def unpack(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dequantize to `[rows, columns]` in `dtype` (float32, bfloat16 or float16)."""
         codes, state = self._quant_state(packed, dtype)
-        return dequantize_4bit(codes, state)
+        # bitsandbytes (0.50.2) takes the wrong absmax on processors with AVX512 where rows are not whole blocks, but there is
+        # one row only
+        state.shape = torch.Size((1, math.prod(self.shape)))
+        return dequantize_4bit(codes, state).view(self.shape)
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ unpack(packed).T + bias` in the dtype of x; autograd keeps the packed matrix only."""
+        if x.device.type == "cpu" and self.shape[1] % BLOCKSIZE:
+            # for the same reason
+            if torch.compiler.is_compiling():
+                return F.linear(x, self.unpack(packed, x.dtype), bias)
+            return _UnpackedLinear.apply(x, packed, bias, self)
         codes, state = self._quant_state(packed, x.dtype)
         return bnb.matmul_4bit(x, codes, quant_state=state, bias=bias)
+
+
+class _UnpackedLinear(torch.autograd.Function):
+    """[`FourBitFormat.linear`] by way of `unpack`, in the forward and in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, storage: FourBitFormat
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.storage = storage
+        return F.linear(x, storage.unpack(packed, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor):
+        (packed,) = ctx.saved_tensors
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_y @ ctx.storage.unpack(packed, grad_y.dtype) if needs_x else None
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if needs_bias else None
+        return grad_x, None, grad_bias, None
 
 
 @dataclass(frozen=True)

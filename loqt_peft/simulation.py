@@ -419,6 +419,10 @@ class Run:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """The state between two steps, with base weights and optimizer states where they then are."""
+        with _no_overrides():
+            yield from self._prepared()
+
+    def _prepared(self) -> Iterator[None]:
         self._register()
         if not self.options.starts_dense:
             for layer in self._loqt_layers():
@@ -488,6 +492,20 @@ class Run:
         for parameter in self.model.parameters():
             parameter.grad = None
         self._register()
+
+
+@contextlib.contextmanager
+def _no_overrides() -> Iterator[None]:
+    """Without the bits that bitsandbytes was told for single parameters.
+
+    It goes by their place among the parameters, so what the Trainer told it for one optimizer would reach any other.
+    """
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    overrides, manager.index2config = manager.index2config, {}
+    try:
+        yield
+    finally:
+        manager.index2config = overrides
 
 
 def _make_optimizer(parameters: list[nn.Parameter], options: MemoryOptions) -> torch.optim.Optimizer:

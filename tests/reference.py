@@ -5,15 +5,31 @@ step B as always, and switches afterwards.
 """
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantize_4bit
 
 
 def quantize_dequantize(X, quant_type, double_quant=False):
     """What X `[rows, columns]` is after a trip through 4 bits; X itself if `quant_type` is None."""
     if quant_type is None:
         return X.clone()
-    codes, state = quantize_4bit(X.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
-    return dequantize_4bit(codes, state)
+    return dequantize(
+        *quantize_4bit(X.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+    )
+
+
+def dequantize(codes, state):
+    """What bitsandbytes' 4-bit codes stand for, written out: of each 64 elements in a row the levels times their absmax.
+
+    Not `dequantize_4bit`: that of 0.50.2 is wrong on some processors.
+    """
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    # the first of two codes lies in the upper half of a byte
+    codes = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()[: state.shape.numel()]
+    levels = get_4bit_type(state.quant_type, device="cpu")[codes.long()]
+    values = levels * absmax.float().repeat_interleave(64)[: len(levels)]
+    return values.view(state.shape).to(state.dtype)
 
 
 def top_singular_vectors(G, r):

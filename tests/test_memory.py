@@ -78,7 +78,10 @@ def simulated(config, **options):
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "-".join(map(str, value.values())),
 )
-def test_closed_form_agrees_with_simulation(config, options):
+def test_closed_form_agrees_with_simulation(config, options, monkeypatch):
+    # as a Trainer with an 8-bit optimizer has left it, for its embeddings
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    monkeypatch.setattr(manager, "index2config", {(0, 0): {"optim_bits": 32}})
     assert largest(closed_form(config, **options).phases()) == pytest.approx(simulated(config, **options), rel=0.02)
 
 

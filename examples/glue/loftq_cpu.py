@@ -20,7 +20,9 @@ def loftq_init(weight: torch.Tensor, num_bits: int, reduced_rank: int, num_iter:
     original = weight.float()
     residual = original
     for _ in range(num_iter):
-        quantized = dequantize_4bit(*quantize_4bit(residual, blocksize=64, quant_type="nf4"))
+        # as one row: bitsandbytes (0.50.2) takes the wrong absmax on some processors where rows are not whole blocks
+        row = dequantize_4bit(*quantize_4bit(residual.reshape(1, -1), blocksize=64, quant_type="nf4"))
+        quantized = row.view(weight.shape)
         factors = _low_rank_decomposition(original - quantized, reduced_rank=reduced_rank)
         residual = original - factors["L"] @ factors["R"]
     return quantized.to(weight.dtype), factors["R"], factors["L"]
