@@ -631,7 +631,7 @@ class ClosedForm:
         matrices = 8 * largest.numel + 3 * packed
         if self.options.update_mode == "whole" and self._offloads():
             matrices += 4 * largest.numel
-        # B of the least squares, as it is stored and in float32 again, times the Gram matrix of P; the best B so far
+        # the residual in the coordinates of P, B of the least squares, the best B so far; in 16 bits both also as stored
         adapter = sum(self.adapter(largest)) * (12 if self.adapter_size == 4 else 12 + 2 * self.adapter_size)
         return matrices + adapter + 8 * math.prod(projection_shape(largest.shape, self.rank(largest)))
 

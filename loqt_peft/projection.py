@@ -136,7 +136,8 @@ def inverse_gram(P: torch.Tensor, right: bool) -> torch.Tensor:
     inner = gram(P, right)
     ridge = RIDGE * inner.trace() / len(inner) + torch.finfo(torch.float32).tiny ** 0.5
     inner.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(inner).L)
+    # `cholesky_inverse` would wait for the device, to check
+    return torch.cholesky_solve(torch.eye(len(inner), device=P.device), torch.linalg.cholesky_ex(inner).L)
 
 
 def captured_energy(gradient: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
