@@ -631,9 +631,9 @@ class ClosedForm:
         matrices = 8 * largest.numel + 3 * packed
         if self.options.update_mode == "whole" and self._offloads():
             matrices += 4 * largest.numel
-        # the residual in the coordinates of P, B of the least squares, the best B so far; in 16 bits both also as stored
-        adapter = sum(self.adapter(largest)) * (12 if self.adapter_size == 4 else 12 + 2 * self.adapter_size)
-        return matrices + adapter + 8 * math.prod(projection_shape(largest.shape, self.rank(largest)))
+        # B in the coordinates of the basis: the present one, the best so far and the better of them; P and the basis
+        adapter, P = sum(self.adapter(largest)), math.prod(projection_shape(largest.shape, self.rank(largest)))
+        return matrices + 12 * adapter + 8 * P
 
     def phases(self) -> dict[str, Counter]:
         """The peak of every phase, by category; see [`~loqt_peft.memory.MemoryEstimate`]."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .projection import inverse_gram, is_right, restrict, squared_norm
+from .projection import is_right, orthonormalize, restrict, squared_norm, trainable_shape
 from .quantization import DenseFormat, FourBitFormat
 
 
@@ -52,45 +52,45 @@ def compensate(
         [`Compensated`]
     """
     right = is_right(W.shape)
-    # the pair that the iteration starts from: nothing in B
     weight = storage.pack(W)
     r = P.shape[0] if right else P.shape[1]
-    B = torch.zeros((W.shape[0], r) if right else (r, W.shape[1]), dtype=dtype, device=W.device)
+    # the pair that the iteration starts from: nothing in B
+    B = torch.zeros(trainable_shape(W.shape, r), device=W.device)
     if storage.is_lossless:
-        return Compensated(weight, B, W.new_zeros(()), W.new_zeros(()))
+        return Compensated(weight, B.to(dtype), W.new_zeros(()), W.new_zeros(()))
     # W and one matrix of its size are held, not more
     residual = storage.unpack(weight)
     torch.sub(W, residual, out=residual)
     error_before = squared_norm(residual)
     best = Compensated(weight, B, error_before, error_before)
+    del B
     if steps == 0:
-        return best
-    inverse = inverse_gram(P, right) / scale
+        return best._replace(B=best.B.to(dtype))
+    # least squares and their error cost nothing in the coordinates of an orthonormal basis: there B is until the end
+    basis, T = orthonormalize(P, right)
     for step in range(steps):
-        # R in the coordinates of P serves the least squares and their error; what rounding B to 16 bits adds, some 1e-5 of
-        # the error, is left out
-        coordinates = restrict(residual, P, right)
-        least_squares = coordinates @ inverse if right else inverse @ coordinates
-        error = squared_norm(residual) - scale * _dot(coordinates, least_squares)
-        B = least_squares.to(dtype)
-        del coordinates, least_squares
+        coordinates = restrict(residual, basis, right)
+        error = squared_norm(residual) - squared_norm(coordinates)
         # chosen on the device, which nobody waits for
         better = error < best.error_after
         best = Compensated(
             _where(better, weight, best.weight),
-            _where(better, B, best.B),
+            _where(better, coordinates, best.B),
             error_before,
             torch.where(better, error, best.error_after),
         )
         if step + 1 < steps:
             # the room of the residual serves W − s·PB, and then that of the next one
-            factors = (B.float(), P) if right else (P, B.float())
-            torch.addmm(W, *factors, alpha=-scale, out=residual)
+            factors = (coordinates, basis) if right else (basis, coordinates)
+            torch.addmm(W, *factors, alpha=-1, out=residual)
+            del coordinates, factors
             weight = storage.pack(residual)
             del residual
             residual = storage.unpack(weight)
             torch.sub(W, residual, out=residual)
-    return best._replace(error_after=best.error_after.clamp(min=0))
+    # what rounding B to 16 bits adds to the error, some 1e-5 of it, is left out
+    B = (best.B @ T if right else T.T @ best.B).div_(scale).to(dtype)
+    return best._replace(B=B, error_after=best.error_after.clamp(min=0))
 
 
 def _where(condition: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
@@ -98,8 +98,3 @@ def _where(condition: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.T
         # a packed matrix has whole words, which take an eighth of the time
         return torch.where(condition, X.view(torch.int64), Y.view(torch.int64)).view(torch.uint8)
     return torch.where(condition, X, Y)
-
-
-def _dot(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
-    # without a matrix of products
-    return torch.dot(X.flatten(), Y.flatten())

@@ -23,7 +23,6 @@ from .functional import LoQTLinear
 from .projection import (
     captured_energy,
     expand,
-    gram,
     is_right,
     project,
     projection_shape,
@@ -435,18 +434,17 @@ class LoQTLayer(BaseTunerLayer):
 
     def effective_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
+        return self.low_rank_weight(adapter_name).add_(self._frozen_weight(adapter_name))
+
+    def _frozen_weight(self, adapter_name: str) -> torch.Tensor:
         if self.is_drifted(adapter_name):
-            weight = self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
-        else:
-            weight = self._base_weight()
-        B, P = self.loqt_B[adapter_name].detach().float(), self.projection(adapter_name)
-        # without a matrix for the product
-        return torch.addmm(weight, *((B, P) if self.right else (P, B)), alpha=self.scaling[adapter_name])
+            return self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
+        return self._base_weight()
 
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
         B = self.loqt_B[adapter_name].detach().float()
-        return self.scaling[adapter_name] * expand(self.projection(adapter_name), B, self.right)
+        return expand(self.projection(adapter_name), B, self.right).mul_(self.scaling[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q) − W_base + s·PB, float32, in the layout of the base weight.
@@ -655,7 +653,9 @@ class LoQTLayer(BaseTunerLayer):
             [`Switch`]
         """
         B = self.loqt_B[adapter_name]
-        W = self.effective_weight(adapter_name)
+        W = self.low_rank_weight(adapter_name)
+        change = squared_norm(W)
+        W.add_(self._frozen_weight(adapter_name))
         if projected is None:
             P, energies = self.loqt_P[adapter_name], W.new_zeros(2)
         else:
@@ -669,15 +669,9 @@ class LoQTLayer(BaseTunerLayer):
             self.config[adapter_name].compensation_steps,
             B.dtype,
         )
-        norms = torch.stack([self._squared_change(adapter_name), squared_norm(W)])
+        norms = torch.stack([change, squared_norm(W)])
         errors = torch.stack([new.error_before, new.error_after])
         return Switch(new.weight, P, new.B, torch.cat([norms, errors, energies]).double())
-
-    def _squared_change(self, adapter_name: str) -> torch.Tensor:
-        """‖s·PB‖², 0-d, from the `[r, r]` inner products of both factors."""
-        B, P = self.loqt_B[adapter_name].float(), self.projection(adapter_name)
-        inner_B = B.T @ B if self.right else B @ B.T
-        return self.scaling[adapter_name] ** 2 * (inner_B * gram(P, self.right)).sum()
 
     def empty_switch(self, adapter_name: str) -> Switch:
         """A [`Switch`] of the right shapes and dtypes, to be received from another process."""

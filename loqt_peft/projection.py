@@ -45,11 +45,6 @@ def restrict(X: torch.Tensor, P: torch.Tensor, right: bool) -> torch.Tensor:
     return X @ P.T if right else P.T @ X
 
 
-def gram(P: torch.Tensor, right: bool) -> torch.Tensor:
-    """`[r, r]` inner products of the directions of P: `P Pᵀ` or `Pᵀ P`."""
-    return P @ P.T if right else P.T @ P
-
-
 def squared_norm(X: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norm of a matrix, 0-d; without a matrix of squares."""
     # row by row: in one float32 sum over millions of squares the small ones are lost
@@ -127,23 +122,29 @@ def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
     return (basis @ rotation).T
 
 
-def inverse_gram(P: torch.Tensor, right: bool) -> torch.Tensor:
-    """`(P Pᵀ)⁻¹` or `(Pᵀ P)⁻¹`, `[r, r]`, by a Cholesky factor; nothing here waits for the device.
+def orthonormalize(P: torch.Tensor, right: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """An orthonormal basis of the span of P, by a Cholesky factor L of its Gram matrix; nothing here waits for the device.
 
-    P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ but Pᵀ times this. A ridge of 1e-6 of the mean
-    squared length keeps the factor finite where directions are zero.
+    P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ. In the coordinates of the basis least squares
+    and norms cost nothing. A ridge of 1e-6 of the mean squared length keeps the factor regular where directions are zero;
+    they are zero in the basis too.
+
+    Args:
+        P (`torch.Tensor`): float32 `[r, in]` ("right") or `[out, r]`.
+        right (`bool`): Which of both.
+
+    Returns:
+        The basis Q, of the shape of P, and T = L⁻¹ `[r, r]`: Q = T P ("right") or P Tᵀ.
     """
-    inner = gram(P, right)
+    inner = P @ P.T if right else P.T @ P
     ridge = RIDGE * inner.trace() / len(inner) + torch.finfo(torch.float32).tiny ** 0.5
     inner.diagonal().add_(ridge)
-    # `cholesky_inverse` would wait for the device, to check
-    return torch.cholesky_solve(torch.eye(len(inner), device=P.device), torch.linalg.cholesky_ex(inner).L)
+    identity = torch.eye(len(inner), device=P.device)
+    T = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(inner).L, identity, upper=False)
+    return (T @ P if right else P @ T.T), T
 
 
 def captured_energy(gradient: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norm of the part of the gradient that lies in the span of P; a 0-d tensor."""
     right = is_right(gradient.shape)
-    coordinates, inverse = restrict(gradient, P, right), inverse_gram(P, right)
-    # ‖G P⁺ P‖² = <G Pᵀ (P Pᵀ)⁻¹, G Pᵀ>
-    fitted = coordinates @ inverse if right else inverse @ coordinates
-    return torch.dot(fitted.flatten(), coordinates.flatten())
+    return squared_norm(restrict(gradient, orthonormalize(P, right)[0], right))

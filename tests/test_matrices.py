@@ -10,7 +10,7 @@ from loqt_peft.projection import (
     PROJECTIONS,
     captured_energy,
     expand,
-    inverse_gram,
+    orthonormalize,
     is_right,
     project,
     projection_shape,
@@ -203,7 +203,8 @@ def test_pseudo_inverse_equals_pinv(shape):
     right = shape[0] < shape[1]
 
     def pseudo_inverse(P):
-        return P.T @ inverse_gram(P, right) if right else inverse_gram(P, right) @ P.T
+        Q, T = orthonormalize(P, right)
+        return Q.T @ T if right else T.T @ Q.T
 
     P = FourBitFormat(shape).unpack(FourBitFormat(shape).pack(torch.randn(shape)))
     assert torch.allclose(pseudo_inverse(P), torch.linalg.pinv(P), atol=1e-4)
@@ -213,6 +214,11 @@ def test_pseudo_inverse_equals_pinv(shape):
     else:
         P[:, 3] = 0
     assert torch.allclose(pseudo_inverse(P), torch.linalg.pinv(P), atol=1e-4)
+    basis = orthonormalize(P, right)[0]
+    inner = basis @ basis.T if right else basis.T @ basis
+    expected = torch.eye(6)
+    expected[3, 3] = 0
+    assert torch.allclose(inner, expected, atol=1e-5)
 
 
 ###############################
