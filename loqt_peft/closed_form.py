@@ -372,6 +372,9 @@ class ClosedForm:
             if numel in projected:
                 numel = math.prod(trainable_shape(projected[numel], min(self.options.rank, *projected[numel])))
             total += count * self._moments(numel, size)
+        if self.options.full_rank and self.options.optimizer_bits == 8 and not self._galore:
+            # those of an embedding stay in 32 bits with the Trainer
+            total += 8 * self.table - self._moments(self.table, self.size)
         return total
 
     @property
@@ -379,10 +382,11 @@ class ClosedForm:
         return self.options.method == "galore"
 
     def _moments(self, numel: int, size: int) -> int:
-        if self.options.optimizer_bits == 32:
+        if self.options.optimizer == "adamw":
             return 2 * size * numel
-        # of bitsandbytes: small tensors are not quantized
-        return 8 * numel if numel < 4096 else 2 * (numel + 4 * math.ceil(numel / 256))
+        # of bitsandbytes: float32, or blocks of 8 bits unless a tensor is small
+        is_small = numel < 4096 or self.options.optimizer_bits == 32
+        return 8 * numel if is_small else 2 * (numel + 4 * math.ceil(numel / 256))
 
     def static(self, dense: bool = False) -> Counter:
         """What is held from step to step on the device."""

@@ -325,8 +325,7 @@ class Run:
             model = self.model if options.method == "full" else self.model.get_base_model()
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = {parameter: [parameter] for parameter in trained} if options.per_layer else {None: trained}
-        self._optimizers = {key: _make_optimizer(group, options) for key, group in groups.items()}
+        self._optimizers = self._make_optimizers(trained)
         self._hook(trained)
         for layer in self._loqt_layers():
             layer._move_base = lambda device, layer=layer: self._move_base(layer, device)
@@ -337,6 +336,16 @@ class Run:
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise ValueError(f"A {type(self.model).__name__} cannot be simulated: it has no list of {count} layers.")
+
+    def _make_optimizers(self, trained: list[nn.Parameter]) -> dict[Any, torch.optim.Optimizer]:
+        """By parameter if they are stepped one by one, else the embeddings' and that of all others, which is `None`'s."""
+        tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        groups: dict[Any, list[nn.Parameter]] = {}
+        for parameter in trained:
+            key = parameter if self.options.per_layer else "embeddings" if parameter in tables else None
+            groups.setdefault(key, []).append(parameter)
+        # the Trainer leaves the state of embeddings in 32 bits
+        return {key: _make_optimizer(group, self.options, group[0] in tables) for key, group in groups.items()}
 
     def _loqt_layers(self) -> list[LoQTLayer]:
         return [layer for _, layer in loqt_layers(self.model)]
@@ -483,7 +492,8 @@ class Run:
             del loss
         self._enter("optimizer", "all")
         if not options.per_layer:
-            self._optimizers[None].step()
+            for optimizer in self._optimizers.values():
+                optimizer.step()
         self._register()
         if options.trains_loqt:
             if self._step != "ordinary":
@@ -498,21 +508,27 @@ class Run:
 def _no_overrides() -> Iterator[None]:
     """Without the bits that bitsandbytes was told for single parameters.
 
-    It goes by their place among the parameters, so what the Trainer told it for one optimizer would reach any other.
+    It goes by their place among the parameters and by `id`, which a later tensor may have again, so what the Trainer told it
+    for one optimizer would reach any other.
     """
     manager = bnb.optim.GlobalOptimManager.get_instance()
-    overrides, manager.index2config = manager.index2config, {}
+    overrides = manager.index2config, manager.pid2config
+    manager.index2config, manager.pid2config = {}, {}
     try:
         yield
     finally:
-        manager.index2config = overrides
+        manager.index2config, manager.pid2config = overrides
 
 
-def _make_optimizer(parameters: list[nn.Parameter], options: MemoryOptions) -> torch.optim.Optimizer:
-    if options.optimizer_bits == 8:
-        return bnb.optim.AdamW8bit(parameters, lr=1e-3)
-    # "foreach", the default on CUDA, needs one more buffer of the size of all gradients
-    return torch.optim.AdamW(parameters, lr=1e-3, foreach=False)
+def _make_optimizer(
+    parameters: list[nn.Parameter], options: MemoryOptions, is_embedding: bool
+) -> torch.optim.Optimizer:
+    if options.optimizer == "adamw":
+        # "foreach", the default on CUDA, needs one more buffer of the size of all gradients
+        return torch.optim.AdamW(parameters, lr=1e-3, foreach=False)
+    if is_embedding or options.optimizer_bits == 32:
+        return bnb.optim.AdamW32bit(parameters, lr=1e-3)
+    return bnb.optim.AdamW8bit(parameters, lr=1e-3)
 
 
 def _tensors_of_weight(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ from loqt_peft.projection import (
     PROJECTIONS,
     captured_energy,
     expand,
-    orthonormalize,
     is_right,
+    orthonormalize,
     project,
     projection_shape,
 )

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from common import tiny_llama
+from common import TokenDataset, loqt_config, tiny_llama
+from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,10 +18,12 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Trainer,
+    TrainingArguments,
 )
 
 import loqt_peft.__main__
-from loqt_peft import estimate_memory, plan_memory
+from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
 from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
 from loqt_peft.memory import required_bytes
 from loqt_peft.simulation import DEVICE, HOST, StorageCounter, measure_on_cpu, simulate
@@ -79,9 +83,12 @@ def simulated(config, **options):
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "-".join(map(str, value.values())),
 )
 def test_closed_form_agrees_with_simulation(config, options, monkeypatch):
-    # as a Trainer with an 8-bit optimizer has left it, for its embeddings
+    # as a Trainer with an 8-bit optimizer has left it, for its embeddings; the second goes by `id`, so any may be meant
     manager = bnb.optim.GlobalOptimManager.get_instance()
     monkeypatch.setattr(manager, "index2config", {(0, 0): {"optim_bits": 32}})
+    by_id = MagicMock()
+    by_id.__contains__.return_value, by_id.__getitem__.return_value = True, {"optim_bits": 32}
+    monkeypatch.setattr(manager, "pid2config", by_id)
     assert largest(closed_form(config, **options).phases()) == pytest.approx(simulated(config, **options), rel=0.02)
 
 
@@ -120,6 +127,39 @@ def test_closed_form_knows_every_parameter(config):
         model = AutoModelForCausalLM.from_config(config)
     held = closed_form(config, method="full", dtype="float32").static()
     assert held["weights"] + held["embeddings and norms"] == 4 * model.num_parameters()
+
+
+@pytest.mark.parametrize("optim, optimizer", [("adamw_torch", "adamw"), ("adamw_bnb_8bit", "adamw_8bit")])
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=lambda config: config.model_type)
+def test_optimizer_state_is_that_of_the_trainer(config, per_layer, optim, optimizer, monkeypatch, tmp_path):
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    # the Trainer tells it of embeddings, for all optimizers to come
+    monkeypatch.setattr(manager, "index2config", {})
+    monkeypatch.setattr(manager, "pid2config", {})
+    monkeypatch.setattr(manager, "module_weight_config_triple", [])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = get_peft_model(model, loqt_config(r=32, update_interval=1000, full_rank_modules="all"))
+    extra = {"max_grad_norm": 0} if per_layer else {}
+    args = TrainingArguments(tmp_path, optim=optim, max_steps=1, use_cpu=True, report_to=[], **extra)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=TokenDataset(),
+        callbacks=[LoQTTrainerCallback()],
+        optimizer_cls_and_kwargs=per_layer_optimizer(args) if per_layer else None,
+    )
+    trainer.train()
+    held = sum(
+        tensor.nbytes
+        for state in trainer.optimizer.state.values()
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.dim() and not name.startswith("qmap")
+    )
+    options = {"rank": 32, "dtype": "float32", "optimizer": optimizer, "per_layer": per_layer}
+    assert closed_form(config, **options).optimizer_state() == held
+    largest_peak = max(simulate(config, MemoryOptions(**options)).values(), key=lambda peak: peak.total)
+    assert largest_peak.held["optimizer state"] == pytest.approx(held, rel=0.02)
 
 
 def test_update_step_needs_no_more_than_an_ordinary_one():
