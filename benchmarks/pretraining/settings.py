@@ -1,0 +1,268 @@
+"""What is compared: model sizes, methods with their settings and learning rates, and the studies.
+
+A run is a *spec*: a dictionary of everything that its result depends on. Two runs with the same spec are the same run,
+whichever study asks for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from loqt_peft import LoQTConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """A LLaMA, its batches and the rank and scale of every low-rank method at this size.
+
+    `length` is in tokens, `batch` in sequences an optimizer step, `scale` is LoQT's s.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+    batch: int
+    micro_batches: int
+    rank: int
+    scale: float
+    steps: int
+
+    @property
+    def model(self) -> dict:
+        names = ("hidden", "intermediate", "layers", "heads", "vocabulary", "length")
+        return {name: getattr(self, name) for name in names}
+
+
+# the smallest is for trying things out; the largest is the paper's
+SIZES = {
+    "tiny": Size(32, 48, 1, 2, 320, 16, 4, 1, 8, 0.5, 20),
+    "1m": Size(128, 344, 5, 4, 1024, 64, 16, 1, 32, 0.5, 1000),
+    "9m": Size(256, 688, 8, 4, 4096, 128, 64, 1, 64, 0.5, 4000),
+    "60m": Size(512, 1376, 8, 8, 32000, 256, 512, 4, 128, 0.4, 10000),
+}
+
+LEARNING_RATES = {
+    "full": (0.001, 0.002, 0.003, 0.01),
+    "lora": (0.002, 0.003, 0.005, 0.01),
+    "relora": (0.002, 0.003, 0.005, 0.01),
+    "galore": (0.003, 0.005, 0.01, 0.02),
+    "apollo": (0.003, 0.005, 0.01, 0.02),
+    "loqt-nq": (0.003, 0.005, 0.01, 0.02),
+    "loqt": (0.003, 0.005, 0.01, 0.02),
+}
+NAMES = {
+    "full": "full-rank AdamW",
+    "lora": "LoRA",
+    "relora": "ReLoRA",
+    "galore": "GaLore",
+    "apollo": "APOLLO",
+    "loqt-nq": "LoQT-nq",
+    "loqt": "LoQT",
+}
+LOQT_FIELDS = (
+    "r",
+    "loqt_alpha",
+    "quantize_weight",
+    "quantize_projection",
+    "compensation_steps",
+    "update_interval",
+    "interval_schedule",
+    "interval_growth",
+    "projection",
+    "optimizer_state",
+    "full_rank_modules",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table: a method with its settings.
+
+    Attributes:
+        name (`str`): As the tables call it.
+        method (`str`): One of `LEARNING_RATES`.
+        fields (`dict`): Settings of the method that differ from its own.
+        search (`bool`): Whether it gets a learning rate of its own from the grid; if not, it runs at LoQT's best.
+        optim (`str`): The Trainer's `optim`.
+        micro_batches (`int`, *optional*): Of an optimizer step, if not the size's.
+        projection_micro_batches (`int`, *optional*): How many of them (the last) P is computed from; `None`: all.
+    """
+
+    name: str
+    method: str
+    fields: dict = field(default_factory=dict)
+    search: bool = False
+    optim: str | None = None
+    micro_batches: int | None = None
+    projection_micro_batches: int | None = None
+
+
+def method_fields(method: str, size: Size, steps: int, changes: dict) -> dict:
+    """The settings of a method; LoQT's are the paper's but for rank and scale, the others' those of their authors."""
+    if method.startswith("loqt"):
+        quantization = {"quantize_weight": None, "quantize_projection": None} if method == "loqt-nq" else {}
+        config = LoQTConfig.paper("60m", **{"r": size.rank, "loqt_alpha": size.scale, **quantization, **changes})
+        return {name: getattr(config, name) for name in LOQT_FIELDS}
+    restart_every = max(1, steps // 4)
+    own = {
+        "full": {},
+        "lora": {"r": size.rank, "lora_alpha": size.rank},
+        # four cycles, of which each warms up for a tenth of its steps, as the whole run does
+        "relora": {
+            "r": size.rank,
+            "lora_alpha": size.rank,
+            "restart_every": restart_every,
+            "restart_warmup": max(1, restart_every // 10),
+        },
+        "galore": {"rank": size.rank, "update_proj_gap": 200, "scale": 0.25},
+        "apollo": {"rank": size.rank, "update_proj_gap": 200, "scale": 1.0},
+    }[method]
+    return {**own, **changes}
+
+
+OPTIMIZERS = {"galore": "galore_adamw", "apollo": "apollo_adamw"}
+
+
+def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, text: str, dtype: str, device: str):
+    """The run of a variant, as a dictionary that JSON can hold. `text` is the fingerprint of its token blocks."""
+    sizes = SIZES[size]
+    micro_batches = variant.micro_batches or sizes.micro_batches
+    projection = variant.projection_micro_batches
+    return {
+        "size": size,
+        "model": sizes.model,
+        "batch": sizes.batch,
+        "micro_batches": micro_batches,
+        # that P is computed from all is the default, and the same run
+        "projection_micro_batches": None if projection == micro_batches else projection,
+        "method": variant.method,
+        "fields": method_fields(variant.method, sizes, steps, variant.fields),
+        "optim": variant.optim or OPTIMIZERS.get(variant.method, "adamw_torch"),
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "text": text,
+        "dtype": dtype,
+        "device": device,
+    }
+
+
+def key_of(spec: dict) -> str:
+    """Identifies a run by its whole spec."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+###############################
+# Studies
+###############################
+
+LOQT = Variant("LoQT", "loqt", search=True)
+METHODS = [LOQT if method == "loqt" else Variant(name, method, search=True) for method, name in NAMES.items()]
+
+
+def methods(size: Size, device_bytes) -> list[Variant]:
+    return METHODS
+
+
+def compensation(size: Size, device_bytes) -> list[Variant]:
+    return [Variant(f"K = {k}", "loqt", {"compensation_steps": k}) for k in (0, 1, 5, 10)]
+
+
+def gaps(size: Size, device_bytes) -> list[Variant]:
+    def gap(kind: str, name: str, growth: float = 1.2, interval: int = 100) -> Variant:
+        fields = {"update_interval": interval, "interval_schedule": kind, "interval_growth": growth}
+        return Variant(name, "loqt", fields)
+
+    return [
+        gap("exponential", "growing, 100 + ⌊1.2^i⌋"),
+        gap("exponential", "growing, 100 + ⌊2^i⌋", growth=2.0),
+        gap("linear", "linear, 100 + ⌊1.2 i⌋"),
+        gap("linear", "linear, 100 + ⌊20 i⌋", growth=20.0),
+        gap("constant", "constant, 100"),
+        gap("constant", "constant, 50", interval=50),
+        gap("constant", "constant, 250", interval=250),
+    ]
+
+
+def quantization(size: Size, device_bytes) -> list[Variant]:
+    return [
+        Variant("W and P quantized", "loqt"),
+        Variant("W only", "loqt", {"quantize_projection": None}),
+        Variant("P only", "loqt", {"quantize_weight": None}),
+        Variant("neither", "loqt-nq"),
+    ]
+
+
+def rank(size: Size, device_bytes) -> list[Variant]:
+    ranks = [max(1, size.hidden // part) for part in (16, 8, 4, 2)]
+    return [Variant(f"r = {r}", "loqt", {"r": r}, search=True) for r in ranks]
+
+
+def scale(size: Size, device_bytes) -> list[Variant]:
+    return [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True) for s in (0.125, 0.25, 0.5, 1.0)]
+
+
+def projection(size: Size, device_bytes) -> list[Variant]:
+    ways = [Variant(f"`{way}`", "loqt", {"projection": way}) for way in ("svd", "eigh", "randomized")]
+    # other directions, another gap: their learning rates are not those of singular vectors
+    rare = {"update_interval": 500}
+    return [
+        *ways,
+        Variant("`random`", "loqt", {"projection": "random"}, search=True),
+        Variant("`random`, gap 500", "loqt", {"projection": "random", **rare}, search=True),
+        Variant("`svd`, gap 500", "loqt", rare, search=True),
+    ]
+
+
+def optimizer_state(size: Size, device_bytes) -> list[Variant]:
+    return [Variant(f"`{state}`", "loqt", {"optimizer_state": state}) for state in ("keep", "reset", "rotate")]
+
+
+def micro_batches(size: Size, device_bytes) -> list[Variant]:
+    of = max(size.micro_batches, 4 if size.batch < 8 else 8)
+    counts = [count for count in (1, 2, 4, 8) if count <= of]
+    return [
+        Variant(f"P from {count} of {of}", "loqt", micro_batches=of, projection_micro_batches=count)
+        for count in counts
+    ]
+
+
+def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
+    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's."""
+    galore = next(variant for variant in METHODS if variant.method == "galore")
+
+    def eight_bit(r: int, **kwargs) -> Variant:
+        return Variant(f"LoQT, 8-bit moments, r = {r}", "loqt", {"r": r}, optim="adamw_bnb_8bit", **kwargs)
+
+    limit = device_bytes(galore)
+    # in steps of hidden / 16: a finer search changes nothing that a table could show
+    unit = max(1, size.hidden // 16)
+    low, high = 1, size.hidden // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if device_bytes(eight_bit(middle * unit)) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return [galore, LOQT, eight_bit(size.rank), eight_bit(low * unit, search=True)]
+
+
+STUDIES = {
+    "methods": methods,
+    "compensation": compensation,
+    "gaps": gaps,
+    "quantization": quantization,
+    "rank": rank,
+    "scale": scale,
+    "projection": projection,
+    "optimizer_state": optimizer_state,
+    "micro_batches": micro_batches,
+    "equal_bytes": equal_bytes,
+    # the same methods, ten times as many steps unless told otherwise
+    "long": methods,
+}
+LONG = 10

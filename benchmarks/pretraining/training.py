@@ -1,0 +1,298 @@
+"""One run: from its spec to its line of results, through the stock Trainer."""
+
+import hashlib
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.common import Blocks, llama, machine, versions
+from benchmarks.pretraining.methods import ProjectionWatch, prepare
+from benchmarks.pretraining.relora import ReLoRACallback
+from loqt_peft.update import loqt_layers
+
+
+CURVE_POINTS = 20
+CURVE_BLOCKS, FINAL_BLOCKS = 256, 1024
+UPDATE_FIGURES = ("merged_change", "quantization_error_before", "quantization_error_after", "gradient_energy", "seconds")
+
+
+###############################
+# What is measured
+###############################
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of an optimizer's state, those inside the projectors of GaLore and APOLLO included."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
+
+
+def count_bytes(tensors) -> int:
+    """Bytes of these tensors; what appears twice (a shared code book) counts once.
+
+    A view counts with its own elements: in float32 galore-torch keeps the whole of a singular value decomposition alive
+    behind its projections, which is no part of its method.
+    """
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors if t.numel()}.values())
+
+
+class ByteCounter(TrainerCallback):
+    """Counts what lies in memory at the end of training: weights, gradients, optimizer state; and on the host.
+
+    Attributes:
+        bytes (`dict[str, int]`):
+            "weights" (packed weights, absmax, projections, buffers), "gradients", "optimizer", and "host": the base
+            weights that LoQT keeps aside after its first update.
+    """
+
+    def __init__(self):
+        self.bytes: dict[str, int] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # afterwards an update and `zero_grad` set them to None
+        self.bytes["gradients"] = count_bytes(p.grad for p in model.parameters() if p.grad is not None)
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        aside = [
+            layer.get_base_layer().weight
+            for _, layer in loqt_layers(model)
+            if all(layer.num_updates(name) for name in layer.active_adapters)
+        ]
+        ids = {id(p) for p in aside}
+        self.bytes["weights"] = count_bytes([*(p for p in model.parameters() if id(p) not in ids), *model.buffers()])
+        self.bytes["optimizer"] = count_bytes(tensors_in(dict(enumerate(optimizer.state.values()))))
+        self.bytes["host"] = count_bytes(aside)
+
+
+class BatchHash:
+    """Forward pre-hook that hashes the tokens which the model is trained on, in their order."""
+
+    def __init__(self, model: nn.Module):
+        self.sha = hashlib.sha256()
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model.training:
+            self.sha.update(kwargs["input_ids"].cpu().numpy().tobytes())
+
+
+class StopAtDivergence(TrainerCallback):
+    """Ends a training whose loss is no number any more: what is left of it would be time lost."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not all(math.isfinite(logs[name]) for name in ("loss", "eval_loss") if name in logs):
+            control.should_training_stop = True
+
+
+###############################
+# The run
+###############################
+
+
+def batch_order(blocks: int, wanted: int, seed: int) -> torch.Tensor:
+    """Indices of `wanted` blocks: the text in random order, in a new one each time it is through."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [torch.randperm(blocks, generator=generator) for _ in range(math.ceil(wanted / blocks))]
+    return torch.cat(epochs)[:wanted]
+
+
+def training_arguments(spec: dict, folder: str, changes: dict) -> TrainingArguments:
+    per_micro_batch = spec["batch"] // spec["micro_batches"]
+    points = math.ceil(spec["steps"] / CURVE_POINTS)
+    return TrainingArguments(
+        output_dir=folder,
+        seed=spec["seed"],
+        max_steps=spec["steps"],
+        per_device_train_batch_size=per_micro_batch,
+        gradient_accumulation_steps=spec["micro_batches"],
+        per_device_eval_batch_size=min(64, max(16, per_micro_batch)),
+        optim=spec["optim"],
+        learning_rate=spec["lr"],
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        warmup_steps=spec["steps"] // 10,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        # The blocks are shuffled already: what a method draws from torch's generator cannot change its batches.
+        train_sampling_strategy="sequential",
+        use_cpu=spec["device"] == "cpu",
+        eval_strategy="steps",
+        eval_steps=points,
+        prediction_loss_only=True,
+        logging_steps=points,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        **changes,
+    )
+
+
+def is_finite(model: nn.Module) -> bool:
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None and t.is_floating_point()]
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def train(trainer: Trainer) -> None:
+    try:
+        trainer.train()
+    except torch.linalg.LinAlgError:
+        # GaLore's decomposition refuses a gradient that is not finite; of a finite one it is an error of its own
+        if is_finite(trainer.model):
+            raise
+
+
+def update_records(callbacks, history: list[dict]) -> list[dict]:
+    """A dictionary for each update, restart or new projection, with the number of steps after which it took place."""
+    for callback in callbacks:
+        if isinstance(callback, ReLoRACallback):
+            return [{"step": step} for step in callback.restarts]
+        if isinstance(callback, ProjectionWatch):
+            return [{"step": step} for step in callback.steps]
+    entries = [entry for entry in history if "loqt/updates" in entry]
+    return [{"step": e["step"], **{name: number(e[f"loqt/{name}"]) for name in UPDATE_FIGURES}} for e in entries]
+
+
+def number(value: float) -> float | None:
+    """JSON knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def tokens_per_second(history: list[dict]) -> float | None:
+    """Over the whole training: the harmonic mean of the logged figures, weighted by their steps."""
+    steps, seconds, last = 0, 0.0, 0
+    for entry in history:
+        speed = entry.get("loqt/tokens_per_second")
+        if "loss" in entry and speed:
+            steps, seconds = steps + entry["step"] - last, seconds + (entry["step"] - last) / speed
+        if "loss" in entry:
+            last = entry["step"]
+    return steps / seconds if seconds else None
+
+
+def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
+    """Train and evaluate.
+
+    Args:
+        spec (`dict`): See [`settings.make_spec`].
+        training, validation (`torch.Tensor`): Token blocks, integers `[blocks, length]`.
+
+    Returns:
+        `dict`: The spec, the final validation loss (nats a token) and perplexity, whether the run diverged, the curve of
+        validation losses, all updates, bytes, speed, what it ran on and with.
+    """
+    sizes = spec["model"]
+    model = llama(
+        sizes["hidden"],
+        sizes["layers"],
+        sizes["intermediate"],
+        sizes["vocabulary"],
+        heads=sizes["heads"],
+        positions=sizes["length"],
+        seed=spec["seed"],
+    ).to(getattr(torch, spec["dtype"]))
+    prepared = prepare(spec, model)
+    counter = ByteCounter()
+    order = batch_order(len(training), spec["steps"] * spec["batch"], spec["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(spec, folder, prepared.arguments)
+        trainer = Trainer(
+            model=prepared.model,
+            args=arguments,
+            train_dataset=Blocks(training[order].long()),
+            eval_dataset=Blocks(validation[:CURVE_BLOCKS].long()),
+            callbacks=[*prepared.callbacks, counter, StopAtDivergence()],
+        )
+        for printing in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printing)
+        if prepared.schedule is not None:
+            trainer.lr_scheduler = prepared.schedule(trainer.create_optimizer(), arguments)
+        batches = BatchHash(prepared.model)
+        start = time.perf_counter()
+        train(trainer)
+        seconds = time.perf_counter() - start
+        finished = trainer.state.global_step == spec["steps"]
+        loss = math.nan
+        if finished:
+            final = Blocks(validation[:FINAL_BLOCKS].long())
+            loss = trainer.evaluate(final, metric_key_prefix="final")["final_loss"]
+    history = trainer.state.log_history
+    return {
+        "spec": spec,
+        "loss": number(loss),
+        "perplexity": number(math.exp(min(loss, 700.0))) if math.isfinite(loss) else None,
+        # a model no better than guessing uniformly has diverged, whatever its loss says
+        "diverged": not math.isfinite(loss) or loss > math.log(sizes["vocabulary"]),
+        "steps": trainer.state.global_step,
+        "curve": [[entry["step"], number(entry["eval_loss"])] for entry in history if "eval_loss" in entry],
+        "updates": update_records(prepared.callbacks, history),
+        "bytes": counter.bytes,
+        "tokens_per_second": tokens_per_second(history),
+        "seconds": seconds,
+        "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "epochs": spec["steps"] * spec["batch"] / len(training),
+        "batches": batches.sha.hexdigest()[:16],
+        "versions": versions(),
+        "machine": machine()
+        | ({"device": torch.cuda.get_device_name()} if spec["device"] == "cuda" else {"device": "cpu"}),
+    }
+
+
+def measure_bytes(spec: dict) -> dict[str, int]:
+    """Bytes of a run's tensors, from a single step of it on random tokens."""
+    model = spec["model"]
+    shape = (max(spec["batch"], 16), model["length"])
+    tokens = torch.randint(model["vocabulary"], shape, generator=torch.Generator().manual_seed(0))
+    return run({**spec, "steps": 1}, tokens, tokens[:16])["bytes"]
+
+
+###############################
+# In a worker process
+###############################
+
+
+def start_worker() -> None:
+    """Of a worker that the harness started: it ends when the harness does, however that ended."""
+
+    def watch():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def run_in_worker(spec: dict, blocks: Path, log: Path) -> dict:
+    """[`run`] on the token blocks in a file; what it prints goes to `log`, also if the process dies of it."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    parts = torch.load(blocks, mmap=True)
+    try:
+        return run(spec, parts["training"], parts["validation"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
