@@ -85,3 +85,25 @@ def test_registration():
     before = list(PeftType)
     loqt_peft._register_peft_type()
     assert list(PeftType) == before
+
+
+@pytest.mark.parametrize(
+    "size, r, scale, compensation_steps",
+    [("60m", 128, 0.4, 5), ("130m", 256, 0.5, 5), ("350m", 256, 0.5, 5), ("1b", 512, 0.25, 10)],
+)
+def test_recipe_of_the_paper(size, r, scale, compensation_steps):
+    config = LoQTConfig.paper(size)
+    assert (config.r, config.loqt_alpha, config.compensation_steps) == (r, scale, compensation_steps)
+    assert (config.quantize_weight, config.quantize_projection, config.projection) == ("nf4", "nf4", "svd")
+    assert config.full_rank_modules == "all" and config.task_type == "CAUSAL_LM"
+    # the gaps are 100 + 1.2^i, rounded down
+    gaps = [int(100 + 1.2**i) for i in range(30)]
+    steps = [sum(gaps[:i]) for i in range(30)]
+    assert config.schedule.update_steps(steps[-1] + 1) == steps
+    changed = LoQTConfig.paper(size, r=8, quantize_weight=None)
+    assert (changed.r, changed.quantize_weight, changed.loqt_alpha) == (8, None, scale)
+
+
+def test_unknown_size_of_the_paper():
+    with pytest.raises(ValueError, match="size='7b' is not allowed: one of '60m', '130m', '350m', '1b'"):
+        LoQTConfig.paper("7b")

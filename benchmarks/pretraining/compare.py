@@ -24,9 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,6 +66,8 @@ class Plan:
         spec (`Callable`): (variant, learning rate, seed) -> spec.
         seeds (`list[int]`): The grid is searched with the first.
         rates (`tuple[float]`, *optional*): Instead of every method's own grid.
+        size (`str`): The size's name.
+        steps (`int`): Of each run.
     """
 
     study: str
@@ -74,7 +77,6 @@ class Plan:
     rates: tuple[float, ...] | None = None
     size: str = ""
     steps: int = 0
-    searched: dict[str, Variant] = field(default_factory=dict)
 
     def grid(self, variant: Variant) -> list[dict]:
         """The runs that decide on the learning rate of a variant."""
@@ -228,7 +230,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, help="take only the first so many documents")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and states")
     parser.add_argument("--results", type=Path, default=RESULTS / "pretraining" / "runs.jsonl")
-    parser.add_argument("--cache", type=Path, help="folder of token blocks and logs (by default .cache by the results)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of token blocks and logs (by default .cache by the results)"
+    )
     parser.add_argument("--report", action="store_true", help="only write tables and figures")
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < 1:
@@ -309,6 +313,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted; what has ended is kept: start again to go on", file=sys.stderr, flush=True)
         status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     # the interpreter would wait for runs that are under way; their processes end with this one
     os._exit(status)

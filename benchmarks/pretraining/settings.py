@@ -7,7 +7,7 @@ whichever study asks for it.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from loqt_peft import LoQTConfig
 
@@ -78,7 +78,8 @@ LOQT_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
+# told apart, and hashed, as objects: two studies may have the same row
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A row of a table: a method with its settings.
 

@@ -40,7 +40,9 @@ def documents(source: str | None, config: str | None, limit: int | None) -> tupl
     if path.is_file() and path.suffix not in LOADERS:
         training, validation = held_out_runs(path)
         if not validation:
-            raise CompareError(f"--text {source}: at least 2,000 lines are needed, of which every twentieth 100 validate")
+            raise CompareError(
+                f"--text {source}: at least 2,000 lines are needed, of which every twentieth 100 validate"
+            )
         return training, validation
     texts = records(source, path, config, limit)
     return [text for i, text in enumerate(texts) if i % 20 != 19], texts[19::20]

@@ -24,7 +24,13 @@ from loqt_peft.update import loqt_layers
 
 CURVE_POINTS = 20
 CURVE_BLOCKS, FINAL_BLOCKS = 256, 1024
-UPDATE_FIGURES = ("merged_change", "quantization_error_before", "quantization_error_after", "gradient_energy", "seconds")
+UPDATE_FIGURES = (
+    "merged_change",
+    "quantization_error_before",
+    "quantization_error_after",
+    "gradient_energy",
+    "seconds",
+)
 
 
 ###############################
@@ -294,5 +300,3 @@ def run_in_worker(spec: dict, blocks: Path, log: Path) -> dict:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-
-
