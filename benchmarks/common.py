@@ -144,7 +144,9 @@ class Blocks(torch.utils.data.Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index):
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+        # blocks may be kept in fewer bits than the model takes
+        tokens = self.blocks[index].long()
+        return {"input_ids": tokens, "labels": tokens}
 
 
 def markdown_table(header, rows):

@@ -213,13 +213,13 @@ def plot_memory(plan, found: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_updates(plan, found: dict, path: Path) -> bool:
-    """What each update merged, and the error that quantizing left, over the steps. Returns whether there was any."""
+def plot_updates(plan, found: dict, path: Path) -> None:
+    """What each update merged, and the error that quantizing left, over the steps; nothing if there was one update only."""
     import matplotlib.pyplot as plt
 
-    loqt = {v: runs for v, runs in found.items() if v.method.startswith("loqt") and runs[0]["updates"]}
+    loqt = {v: runs for v, runs in found.items() if v.method.startswith("loqt") and len(runs[0]["updates"]) > 1}
     if not loqt:
-        return False
+        return
     figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     panels = ("merged_change", "‖sPB‖ / ‖W‖ of an update"), ("quantization_error_after", "‖W − Q − sPB‖ / ‖W‖")
     for axes, (figure_name, label) in zip(both, panels, strict=True):
@@ -228,13 +228,12 @@ def plot_updates(plan, found: dict, path: Path) -> bool:
             updates = runs[0]["updates"][1:] if figure_name == "merged_change" else runs[0]["updates"]
             axes.plot([u["step"] for u in updates], [u[figure_name] for u in updates], "o-", ms=3, label=variant.name)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"{label}, relative")
+        axes.set_ylabel(f"{label} (ratio)")
         axes.legend(fontsize="small")
     both[0].set_title(f"weight change per update, LLaMA {plan.size}, seed {plan.seeds[0]}")
     both[1].set_title("quantization error after compensation")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return True
 
 
 def write_report(plan, done: dict[str, dict], folder: Path) -> str:

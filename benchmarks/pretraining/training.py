@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.common import Blocks, llama, machine, versions
@@ -226,8 +227,8 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         trainer = Trainer(
             model=prepared.model,
             args=arguments,
-            train_dataset=Blocks(training[order].long()),
-            eval_dataset=Blocks(validation[:CURVE_BLOCKS].long()),
+            train_dataset=Subset(Blocks(training), order.tolist()),
+            eval_dataset=Blocks(validation[:CURVE_BLOCKS]),
             callbacks=[*prepared.callbacks, counter, StopAtDivergence()],
         )
         for printing in (PrinterCallback, ProgressCallback):
@@ -241,7 +242,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         finished = trainer.state.global_step == spec["steps"]
         loss = math.nan
         if finished:
-            final = Blocks(validation[:FINAL_BLOCKS].long())
+            final = Blocks(validation[:FINAL_BLOCKS])
             loss = trainer.evaluate(final, metric_key_prefix="final")["final_loss"]
     history = trainer.state.log_history
     return {
