@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -88,6 +89,9 @@ class Inline:
 
     def log(self, spec):
         return Path("no such log")
+
+    def close(self, now=False):
+        pass
 
 
 def plan_of(variants, seeds=(0, 1, 2), rates=(0.001, 0.002, 0.004), steps=10):
@@ -244,38 +248,37 @@ def test_a_full_disk_is_told():
         results.append(Path("/dev/full"), run)
     # the result of minutes is not lost
     assert json.loads(str(error.value).splitlines()[-1]) == run
+    with pytest.raises(CompareError, match="no file"):
+        results.read(Path("/dev/full"))
 
 
-def test_a_line_that_was_half_written_is_taken_back(tmp_path, monkeypatch):
+def test_a_line_that_was_half_written_is_taken_back(tmp_path):
     path = tmp_path / "runs.jsonl"
     results.append(path, made_up(tiny_spec(seed=0)))
     before = path.read_bytes()
-
-    class FillsUp:
-        """A file on a disk on which 50 bytes more have room."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            return self.file.write(data[:50])
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            self.file.close()
-
-    def full(*args, **kwargs):
-        return FillsUp(open(*args, **kwargs))
-
-    monkeypatch.setattr(results, "open", full, raising=False)
-    with pytest.raises(CompareError, match="No space left"):
-        compare.run_all([plan_of([LOQT])], path, Inline())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # room for 50 bytes of the line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+        with pytest.raises(CompareError, match="cannot be written"):
+            results.append(path, made_up(tiny_spec(seed=1)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
+    results.append(path, made_up(tiny_spec(seed=1)))
+    assert len(results.read(path)) == 2
+
+
+def test_a_result_that_cannot_be_written_ends_the_harness(tmp_path, monkeypatch):
+    def full(path, run):
+        raise CompareError("No space left on device")
+
+    monkeypatch.setattr(compare.results, "append", full)
+    workers = Inline()
+    with pytest.raises(CompareError, match="No space left"):
+        compare.run_all([plan_of([LOQT])], tmp_path / "runs.jsonl", workers)
+    # the repetitions were not begun
+    assert len(workers.specs) == 3
 
 
 def test_a_run_that_diverges_is_recorded(tmp_path):
@@ -304,7 +307,7 @@ def test_a_worker_that_dies_is_told_and_the_others_go_on(tmp_path, capsys):
     assert results.read(tmp_path / "runs.jsonl").keys() == {key_of(second)}
     said = capsys.readouterr().err
     assert f"failed: {compare.name_of(first)}" in said and str(workers.log(first)) in said
-    workers.threads.shutdown()
+    workers.close()
 
 
 def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, capsys):

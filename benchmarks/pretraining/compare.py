@@ -24,7 +24,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -127,6 +126,16 @@ class Workers:
         self.threads = ThreadPoolExecutor(count)
         self.local = threading.local()
         self.blocks, self.logs = blocks, logs
+        self.processes: list[ProcessPoolExecutor] = []
+
+    def close(self, now: bool = False) -> None:
+        """End the processes, `now` or when their runs have ended."""
+        self.threads.shutdown(wait=not now, cancel_futures=True)
+        if now:
+            for child in multiprocessing.active_children():
+                child.terminate()
+        for process in self.processes:
+            process.shutdown()
 
     def submit(self, spec: dict) -> Future:
         return self.threads.submit(self._run, spec)
@@ -139,6 +148,7 @@ class Workers:
         if process is None:
             context = multiprocessing.get_context("spawn")
             process = self.local.process = ProcessPoolExecutor(1, context, initializer=start_worker)
+            self.processes.append(process)
         try:
             return process.submit(run_in_worker, spec, self.blocks, self.log(spec)).result()
         except Exception:
@@ -296,7 +306,13 @@ def main(argv: list[str] | None = None) -> int:
     if not options.report:
         logs = options.cache / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        failed = run_all(plans, options.results, Workers(options.workers, blocks, logs))
+        workers = Workers(options.workers, blocks, logs)
+        try:
+            failed = run_all(plans, options.results, workers)
+        except BaseException:
+            workers.close(now=True)
+            raise
+        workers.close()
     for plan in plans:
         print("\n" + write_report(plan, results.read(options.results), options.results.parent), flush=True)
     if failed:
@@ -313,9 +329,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted; what has ended is kept: start again to go on", file=sys.stderr, flush=True)
         status = 130
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    # the interpreter would wait for runs that are under way; their processes end with this one
-    os._exit(status)
+    sys.exit(status)

@@ -17,10 +17,12 @@ def read(path: Path) -> dict[str, dict]:
     Raises:
         CompareError: If a line is damaged; the message names file and line, and how to repair it.
     """
+    if not path.exists():
+        return {}
+    if not path.is_file():
+        raise CompareError(f"{path} is no file: results cannot be kept there")
     try:
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return {}
     except OSError as error:
         raise CompareError(f"{path} cannot be read: {error}") from error
     runs = {}
