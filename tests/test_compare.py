@@ -330,7 +330,7 @@ def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, caps
     assert compare.main(options) == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}
     stem = "methods-tiny-4"
-    assert {f"{stem}.md", f"{stem}-loss.png", f"{stem}-memory.png", f"{stem}-updates.png"} <= names
+    assert {f"{stem}.md", f"{stem}-loss.png", f"{stem}-memory.png"} <= names
     assert len(answers) == 4
     assert (tmp_path / "out" / f"{stem}.md").read_text() in capsys.readouterr().out
 
