@@ -60,7 +60,7 @@ def made_up(spec, loss=None, diverged=False):
         "diverged": diverged,
         "steps": spec["steps"],
         "curve": [[1, loss + 1], [spec["steps"], loss]],
-        "updates": [{"step": 1, **dict.fromkeys(training.UPDATE_FIGURES, 0.1)}],
+        "updates": [{"step": step, **dict.fromkeys(training.UPDATE_FIGURES, 0.1)} for step in (1, 5)],
         "bytes": {"weights": 1000, "gradients": 200, "optimizer": 30, "host": 4},
         "tokens_per_second": 100.0 + spec["seed"],
         "seconds": 1.0,
@@ -112,6 +112,9 @@ def test_interrupted_anywhere_it_goes_on_where_it_was(tmp_path, monkeypatch):
     expected = {key_of(spec) for spec in whole.specs}
     # 3 rates with the first seed, the best with two more
     assert len(expected) == len(whole.specs) == len(METHODS) * (3 + 2)
+    # what the progress bar counts, before any rate is known and after
+    assert len(plan_of(METHODS).expected({})) == len(expected)
+    assert plan_of(METHODS).expected(results.read(tmp_path / "whole.jsonl")) == expected
 
     path, written = tmp_path / "cut.jsonl", []
 
@@ -566,6 +569,24 @@ def test_tables_hold_mean_and_standard_error(tmp_path):
     # a best rate at the end of its grid is marked
     narrow = plan_of([LOQT], seeds=[0], rates=(0.002, 0.004))
     assert "| 0.002 † |" in report.table(narrow, results.read(path))
+
+
+def test_curves_are_means_over_the_seeds_at_the_steps_of_all():
+    curves = [[[5, 4.0], [10, 3.0], [15, 2.0]], [[5, 3.0], [10, 2.0]], [[5, 5.0], [10, 4.0], [15, None]]]
+    steps, means, errors = report.mean_curve([{"curve": curve} for curve in curves])
+    assert (steps, means) == ([5, 10], [4.0, 3.0])
+    # the standard deviation of three figures 1 apart is 1
+    assert errors == pytest.approx([3**-0.5] * 2)
+
+
+def test_figures_are_drawn_of_whatever_there_is(tmp_path):
+    path, plan = tmp_path / "runs.jsonl", plan_of(METHODS)
+    assert "has ended" in report.write_report(plan, {}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    compare.run_all([plan], path, Inline(lambda spec: made_up(spec, diverged=spec["seed"] == 1)))
+    report.write_report(plan, results.read(path), tmp_path)
+    parts = ("loss", "memory", "updates")
+    assert all((tmp_path / f"methods-tiny-10-{part}.png").stat().st_size > 1000 for part in parts)
 
 
 def test_tokens_per_second_are_those_of_all_steps():
