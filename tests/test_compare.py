@@ -191,6 +191,11 @@ def test_every_study_has_valid_runs_and_shares_loqts_own(tmp_path):
             shared.add(name)
     # P from all micro-batches of several is another run than with one; ranks are parts of the hidden size
     assert shared == set(STUDIES) - {"micro_batches"}
+    large = [
+        make_spec(v, "60m", 0.01, 0, 10, "text", "float32", "cpu")
+        for v in STUDIES["micro_batches"](SIZES["60m"], None)
+    ]
+    assert key_of(make_spec(LOQT, "60m", 0.01, 0, 10, "text", "float32", "cpu")) in map(key_of, large)
 
 
 def test_equal_bytes_takes_the_largest_rank_that_fits():
@@ -209,7 +214,7 @@ def test_equal_bytes_takes_the_largest_rank_that_fits():
 def test_a_missing_package_is_told_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(methods.PACKAGES, "apollo", (lambda: False, "apollo-torch"))
     with pytest.raises(CompareError, match="pip install apollo-torch"):
-        compare.main(["--results", str(tmp_path / "runs.jsonl")])
+        compare.main(["--results", str(tmp_path / "runs.jsonl"), "--text", str(tmp_path / "nowhere.csv")])
     assert not list(tmp_path.iterdir())
     compare.check_packages(["methods"], ["loqt", "galore"])
     compare.check_packages(["gaps"], None)
@@ -285,11 +290,13 @@ def test_a_result_that_cannot_be_written_ends_the_harness(tmp_path, monkeypatch)
 
 
 def test_a_run_that_diverges_is_recorded(tmp_path):
-    for method in ("full", "galore", "loqt"):
-        run = run_tiny(tiny_spec(BY_METHOD[method], lr=1e30, steps=6))
-        assert run["diverged"] and run["loss"] is None
+    # GaLore's decomposition of a gradient that is not finite raises an error
+    decomposes = Variant("every step", "galore", {"update_proj_gap": 1})
+    for variant, steps in ((BY_METHOD["full"], 6), (BY_METHOD["galore"], 6), (LOQT, 6), (decomposes, 60)):
+        run = run_tiny(tiny_spec(variant, lr=1e30, steps=steps))
+        assert run["diverged"] and run["loss"] is None and run["steps"] < steps
         results.append(tmp_path / "runs.jsonl", run)
-    assert len(results.read(tmp_path / "runs.jsonl")) == 3
+    assert len(results.read(tmp_path / "runs.jsonl")) == 4
     assert run_tiny(tiny_spec(lr=1e-4))["loss"] is not None
 
 

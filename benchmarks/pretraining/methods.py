@@ -50,12 +50,12 @@ class LastMicroBatches(LoQTTrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._done = 0
-        if self.count >= args.gradient_accumulation_steps:
-            super().on_step_begin(args, state, control, model=model, **kwargs)
+        super().on_step_begin(args, state, control, model=model, **kwargs)
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         self._done += 1
         if args.gradient_accumulation_steps - self._done == self.count:
+            # what was captured so far is dropped
             begin_step(model, state.global_step, lambda: GradientState().sync_gradients)
 
 
