@@ -18,6 +18,7 @@ from types import SimpleNamespace as Namespace
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -301,8 +302,8 @@ def test_a_run_that_diverges_is_recorded(tmp_path):
 
 
 def test_a_worker_that_dies_is_told_and_the_others_go_on(tmp_path, capsys):
-    torch.save({"training": tokens(40).int(), "validation": tokens(16).int()}, tmp_path / "blocks.pt")
-    workers = compare.Workers(1, tmp_path / "blocks.pt", tmp_path)
+    save_file({"training": tokens(40).int(), "validation": tokens(16).int()}, tmp_path / "blocks")
+    workers = compare.Workers(1, tmp_path / "blocks", tmp_path)
     plan = plan_of([BY_METHOD["full"]], seeds=[0], rates=(0.001, 0.002), steps=2)
     first, second = plan.known({})
 
@@ -327,7 +328,7 @@ def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, caps
 
     def workers(count, blocks, logs):
         def answer(spec):
-            parts = torch.load(blocks)
+            parts = load_file(blocks)
             answers.append(training.run(spec, parts["training"], parts["validation"]))
             return answers[-1]
 

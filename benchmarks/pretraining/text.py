@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from benchmarks.common import bpe_blocks, held_out_runs, reviews
 from benchmarks.pretraining.errors import CompareError
@@ -77,24 +79,23 @@ def token_blocks(parts: tuple[list[str], list[str]], vocabulary: int, length: in
         CompareError: If the text is too short, or the file cannot be written.
     """
     contents = hashlib.sha256(json.dumps([parts, vocabulary, length]).encode()).hexdigest()[:16]
-    path = cache / f"{contents}.pt"
+    path = cache / f"{contents}.safetensors"
     if not path.exists():
         print(f"tokenizing {sum(map(len, parts[0])) / 1e6:.1f} million characters, once", flush=True)
         training, validation = (b.to(torch.int32) for b in bpe_blocks(parts, vocabulary, length, END_OF_TEXT))
         sha = hashlib.sha256(training.numpy().tobytes() + validation.numpy().tobytes())
-        blocks = {"training": training, "validation": validation, "fingerprint": sha.hexdigest()[:16]}
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            torch.save(blocks, partial)
+            blocks = {"training": training, "validation": validation}
+            save_file(blocks, partial, metadata={"fingerprint": sha.hexdigest()[:16]})
             # a file that was half written must not look like a whole one
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise CompareError(f"the token blocks could not be written to {path}: {error}") from error
-    blocks = torch.load(path, mmap=True)
-    if len(blocks["validation"]) < 16:
-        raise CompareError(
-            f"the text gives {len(blocks['validation'])} validation blocks of {length} tokens, at least 16 are needed"
-        )
-    return path, blocks["fingerprint"]
+    with safe_open(path, framework="pt") as file:
+        held_out, fingerprint = file.get_slice("validation").get_shape()[0], file.metadata()["fingerprint"]
+    if held_out < 16:
+        raise CompareError(f"the text gives {held_out} validation blocks of {length} tokens, at least 16 are needed")
+    return path, fingerprint

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -295,7 +296,7 @@ def run_in_worker(spec: dict, blocks: Path, log: Path) -> dict:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    parts = torch.load(blocks, mmap=True)
+    parts = load_file(blocks)
     try:
         return run(spec, parts["training"], parts["validation"])
     finally:
