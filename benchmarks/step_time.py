@@ -89,6 +89,7 @@ def measure(kind, options):
     loqt = Run(get_peft_model(base(kind, options), loqt_config), tokens)
     full = Run(base("dense", options), tokens)
     pairs, updates, full_steps = [], [], []
+    ordinary_seconds = None
     total = options.updates * (options.pairs + 1)
     for step in range(total):
         # The order alternates: what runs first in a pair must not profit from it.
