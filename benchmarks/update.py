@@ -89,7 +89,7 @@ def cost(n, rank, turns):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=11)
     options = parser.parse_args()
     torch.set_num_threads(1)
     costs = []

@@ -79,13 +79,13 @@ def _quantize_nf4_on_cpu(matrix: torch.Tensor, codes: torch.Tensor) -> torch.Ten
     """
     below, following = _nf4_bins()
     blocks = matrix.view(-1, BLOCKSIZE)
-    absmax = torch.empty(blocks.shape[0])
+    absmax, middle = torch.empty(blocks.shape[0]), torch.tensor(_BINS / 2)
     for start in range(0, blocks.shape[0], _CHUNK):
         chunk = blocks[start : start + _CHUNK].float()
         maxima = torch.amax(chunk.abs(), dim=1)
         absmax[start : start + _CHUNK] = maxima
         scaled = (chunk * maxima.clamp(min=1e-38).reciprocal().unsqueeze(1)).nan_to_num_(0).view(-1)
-        bins = ((scaled + 1) * (_BINS / 2)).int()
+        bins = torch.add(middle, scaled, alpha=_BINS / 2).int()
         following_bound = following.index_select(0, bins)
         nearest = below.index_select(0, bins).add_(torch.gt(scaled, following_bound, out=scaled)).view(-1, 2)
         # two codes to a byte, the first one in its upper half

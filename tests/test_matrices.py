@@ -246,8 +246,13 @@ def test_more_iterations_never_end_worse(seed):
     # few directions: most of these iterations go up and down
     torch.manual_seed(seed)
     W, P = torch.randn(32, 24), project(torch.randn(32, 24), 3, "svd")
-    errors = [compensate(W, P, FourBitFormat(W.shape), 0.5, steps).error_after.item() for steps in range(8)]
+    storage = FourBitFormat(W.shape)
+    results = [compensate(W, P, storage, 0.5, steps) for steps in range(8)]
+    errors = [result.error_after.item() for result in results]
     assert errors == sorted(errors, reverse=True)
+    for result in results:
+        left = W - storage.unpack(result.weight) - 0.5 * expand(P, result.B, is_right(W.shape))
+        assert torch.allclose(left.square().sum(), result.error_after, rtol=1e-4)
 
 
 def test_no_steps_no_compensation():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from common import single_linear
 from peft import get_peft_model
-from reference import ReferenceLinear, top_singular_vectors
+from reference import ReferenceLinear, quantize_dequantize, top_singular_vectors
 from torch import nn
 
 from loqt_peft import LoQTConfig
@@ -45,9 +45,17 @@ def test_layer_follows_the_reference_through_switches(shape, quantize_weight, qu
 
         for optimizer in optimizers:
             optimizer.step()
+        merged, change = reference.weight().detach(), reference.low_rank(reference.B).detach()
         if due:
             reference.switch(weight.grad)
-        assert (model.end_step(optimizers[1]) is not None) == due
+        update = model.end_step(optimizers[1])
+        assert (update is not None) == due
+        if due:
+            assert update.merged_change == pytest.approx(relative(change, merged), rel=1e-4)
+            left = relative(merged - reference.weight().detach(), merged)
+            assert update.quantization_error_after == pytest.approx(left, rel=1e-3, abs=1e-6)
+            rounded = quantize_dequantize(merged, quantize_weight, double_quant)
+            assert update.quantization_error_before == pytest.approx(relative(merged - rounded, merged), rel=1e-3)
         for optimizer in optimizers:
             optimizer.zero_grad()
 
@@ -59,6 +67,10 @@ def test_layer_follows_the_reference_through_switches(shape, quantize_weight, qu
             reference.synchronize(layer)
         expected, actual = reference.forward(x).detach(), model(x).detach()
         assert torch.linalg.norm(actual - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def relative(X, Y):
+    return (torch.linalg.norm(X) / torch.linalg.norm(Y)).item()
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
