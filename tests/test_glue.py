@@ -257,6 +257,24 @@ def test_the_papers_settings_hold_unless_told_otherwise(run_glue, tmp_path):
     assert (training.learning_rate, training.num_train_epochs) == (1e-3, 20)
 
 
+def test_small_encoders_have_settings_of_their_own(run_glue, tmp_path):
+    def settings(*argv):
+        _, _, method, training = run_glue.parse_arguments(argv)
+        return training.learning_rate, training.num_train_epochs, method.projection
+
+    given = {"task_name": "cola", "model_name_or_path": "x", "output_dir": str(tmp_path), "do_train": True}
+    argv = [part for option, value in given.items() for part in (f"--{option}", str(value))]
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({**given, "preset": "small"}))
+    small = (2e-4, 20, "random")
+    assert settings(*argv) == settings(*argv, "--preset", "paper") == (8e-5, 20, "randomized")
+    assert settings(*argv, "--preset", "small") == settings(*argv, "--preset=small") == settings(str(file)) == small
+    assert settings(*argv, "--preset", "small", "--projection", "svd") == (2e-4, 20, "svd")
+    file.write_text(json.dumps({**given, "preset": "tiny"}))
+    with pytest.raises(run_glue.BadInput, match="--preset tiny is not one of paper, small"):
+        settings(str(file))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -10,6 +10,7 @@ With local files in place of the Hub's data, `--data_dir DIR` (DIR/TASK/train.js
 All arguments are listed by `--help`; one JSON file of arguments is accepted in their place.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from typing import Literal
 import numpy as np
 from datasets import load_dataset
 from glue_metrics import load_metric
-from glue_tasks import TASKS, Task, preset
+from glue_tasks import PRESETS, TASKS, Task, preset
 from loftq_cpu import loftq_where_the_weights_are
 from peft import LoftQConfig, LoraConfig, get_peft_model
 from torch import nn
@@ -69,6 +70,13 @@ class DataTrainingArguments:
     """Which task, and how its sentences are cut."""
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(TASKS)}."})
+    preset: Literal["paper", "small"] = field(
+        default="paper",
+        metadata={
+            "help": "Settings that a task brings: the paper's (DeBERTaV3-base), or for small encoders (another learning rate, "
+            "random P)."
+        },
+    )
     data_dir: str | None = field(
         default=None,
         metadata={"help": "Directory with train, validation and test .jsonl files in a folder for each task."},
@@ -92,6 +100,8 @@ class DataTrainingArguments:
                 raise ValueError(f"--task_name {self.task_name} is not one of {', '.join(TASKS)}")
         elif self.train_file is None and self.validation_file is None:
             raise ValueError("give --task_name, or --train_file and --validation_file")
+        if self.preset not in PRESETS:
+            raise ValueError(f"--preset {self.preset} is not one of {', '.join(PRESETS)}")
         if self.data_dir is not None and self.task_name is None:
             raise ValueError(f"--data_dir {self.data_dir} needs --task_name")
         for option in ("train_file", "validation_file", "test_file"):
@@ -144,10 +154,13 @@ def parse_arguments(argv: Sequence[str] | None):
     try:
         if len(argv) == 1 and argv[0].endswith(".json"):
             given = json.loads(Path(argv[0]).read_text())
-            arguments = parser.parse_dict({**preset(given.get("task_name")), **given})
+            arguments = parser.parse_dict({**preset(given.get("task_name"), given.get("preset", "paper")), **given})
         else:
-            task = next((argv[i + 1] for i, part in enumerate(argv[:-1]) if part == "--task_name"), None)
-            parser.set_defaults(**preset(task))
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--task_name")
+            first.add_argument("--preset", default="paper")
+            given, _ = first.parse_known_args(argv)
+            parser.set_defaults(**preset(given.task_name, given.preset))
             arguments = parser.parse_args_into_dataclasses(args=argv)
         model_args, data_args, method_args, training_args = arguments
         method_args.peft_config("SEQ_CLS")
