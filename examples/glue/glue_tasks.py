@@ -1,4 +1,4 @@
-"""The eight tasks of GLUE, the methods of the paper's table 2, and settings: the paper's (DeBERTaV3-base) or for small encoders."""
+"""The tasks of GLUE, the methods of the paper's table 2, and settings: the paper's (DeBERTaV3-base) or for small encoders."""
 
 from dataclasses import dataclass
 
