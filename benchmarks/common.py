@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -147,6 +147,30 @@ class Blocks(torch.utils.data.Dataset):
         # blocks may be kept in fewer bits than the model takes
         tokens = self.blocks[index].long()
         return {"input_ids": tokens, "labels": tokens}
+
+
+def pretraining_arguments(folder, steps, **others):
+    """The Trainer's arguments of every pretraining run, so that all comparisons have the same protocol.
+
+    AdamW without weight decay, gradients clipped at norm 1, 10% warm-up, cosine to 10%; `others` are what runs differ in.
+    """
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        warmup_steps=steps // 10,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        # Blocks come shuffled: what a method draws from torch's generator cannot change its batches.
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        **others,
+    )
 
 
 def markdown_table(header, rows):

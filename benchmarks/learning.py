@@ -34,9 +34,20 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import RESULTS, Blocks, llama, machine, markdown_table, provenance, token_blocks, versions, write_markdown
+from common import (
+    RESULTS,
+    Blocks,
+    llama,
+    machine,
+    markdown_table,
+    pretraining_arguments,
+    provenance,
+    token_blocks,
+    versions,
+    write_markdown,
+)
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 
 VOCABULARY, LENGTH, BATCH = 1024, 64, 16
@@ -96,27 +107,15 @@ def train(spec, blocks):
     targeted = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
     model, callbacks = prepare(spec["method"], model, spec["overrides"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
+        arguments = pretraining_arguments(
+            folder,
+            spec["steps"],
             seed=spec["seed"],
-            max_steps=spec["steps"],
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=64,
             learning_rate=spec["lr"],
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            warmup_steps=spec["steps"] // 10,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            # The blocks are shuffled above: what a method draws from torch's generator cannot change its batches.
-            train_sampling_strategy="sequential",
             use_cpu=True,
             logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
         )
         trainer = Trainer(
             model=model,

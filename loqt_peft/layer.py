@@ -455,7 +455,7 @@ class LoQTLayer(BaseTunerLayer):
         with torch.no_grad():
             delta = self.low_rank_weight(adapter_name)
             if self.is_drifted(adapter_name):
-                delta = self.effective_weight(adapter_name) - self._base_weight()
+                delta.add_(self._frozen_weight(adapter_name)).sub_(self._base_weight())
         return delta.T if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.common import Blocks, llama, machine, versions
+from benchmarks.common import Blocks, llama, machine, pretraining_arguments, versions
 from benchmarks.pretraining.methods import ProjectionWatch, prepare
 from benchmarks.pretraining.relora import ReLoRACallback
 from loqt_peft.update import loqt_layers
@@ -126,33 +126,21 @@ def batch_order(blocks: int, wanted: int, seed: int) -> torch.Tensor:
 def training_arguments(spec: dict, folder: str, changes: dict) -> TrainingArguments:
     per_micro_batch = spec["batch"] // spec["micro_batches"]
     points = math.ceil(spec["steps"] / CURVE_POINTS)
-    return TrainingArguments(
-        output_dir=folder,
+    return pretraining_arguments(
+        folder,
+        spec["steps"],
         seed=spec["seed"],
-        max_steps=spec["steps"],
         per_device_train_batch_size=per_micro_batch,
         gradient_accumulation_steps=spec["micro_batches"],
         per_device_eval_batch_size=min(64, max(16, per_micro_batch)),
         optim=spec["optim"],
         learning_rate=spec["lr"],
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        warmup_steps=spec["steps"] // 10,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        # The blocks are shuffled already: what a method draws from torch's generator cannot change its batches.
-        train_sampling_strategy="sequential",
         use_cpu=spec["device"] == "cpu",
         eval_strategy="steps",
         eval_steps=points,
         prediction_loss_only=True,
         logging_steps=points,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
         **changes,
     )
 
