@@ -385,8 +385,8 @@ class ClosedForm:
         if self.options.optimizer == "adamw":
             return 2 * size * numel
         # of bitsandbytes: float32, or blocks of 8 bits unless a tensor is small
-        is_small = numel < 4096 or self.options.optimizer_bits == 32
-        return 8 * numel if is_small else 2 * (numel + 4 * math.ceil(numel / 256))
+        is_float32 = numel < 4096 or self.options.optimizer_bits == 32
+        return 8 * numel if is_float32 else 2 * (numel + 4 * math.ceil(numel / 256))
 
     def static(self, dense: bool = False) -> Counter:
         """What is held from step to step on the device."""

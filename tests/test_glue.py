@@ -270,6 +270,9 @@ def test_small_encoders_have_settings_of_their_own(run_glue, tmp_path):
     assert settings(*argv) == settings(*argv, "--preset", "paper") == (8e-5, 20, "randomized")
     assert settings(*argv, "--preset", "small") == settings(*argv, "--preset=small") == settings(str(file)) == small
     assert settings(*argv, "--preset", "small", "--projection", "svd") == (2e-4, 20, "svd")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    own = ["--train_file", str(tmp_path / "train.jsonl"), *argv[2:], "--preset", "small"]
+    assert settings(*own) == (2e-4, 3, "random")
     file.write_text(json.dumps({**given, "preset": "tiny"}))
     with pytest.raises(run_glue.BadInput, match="--preset tiny is not one of paper, small"):
         settings(str(file))

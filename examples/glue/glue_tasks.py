@@ -62,14 +62,14 @@ TASKS = {
 
 
 def preset(task_name: str | None, name: str = "paper") -> dict:
-    """Arguments that a task brings, by one of `PRESETS`; nothing without one of the tasks."""
+    """Arguments by one of `PRESETS`: what the task brings, if it is one of GLUE, and what small encoders need."""
     task = TASKS.get((task_name or "").lower().replace("-", ""))
-    if task is None:
-        return {}
-    settings = {
-        "learning_rate": task.learning_rate,
-        "num_train_epochs": task.num_train_epochs,
-        "per_device_train_batch_size": 32,
-        "per_device_eval_batch_size": 64,
-    }
+    settings = {}
+    if task is not None:
+        settings = {
+            "learning_rate": task.learning_rate,
+            "num_train_epochs": task.num_train_epochs,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 64,
+        }
     return settings | (SMALL if name == "small" else {})
