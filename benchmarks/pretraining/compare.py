@@ -12,7 +12,8 @@ A run that has ended is one line of the results file, and a restart skips it: in
 Markdown tables and figures, beside the results file. `--report` makes them of what is there, without running anything.
 
 At 1M parameters the methods are 42 runs. Extrapolated from 60 steps of each, a run takes 3.5 to 5 minutes on one thread of a
-busy machine, and all of them about 1.5 hours on 2 cores; the ablations are 120 runs more, and `long` is ten times the methods.
+busy machine, and all of them about 1.5 hours on 2 cores; the ablations are 120 runs more, `recipe` (settings and mechanisms,
+candidates.py, that might do better than the paper's) some 70, and `long` is ten times the methods.
 Tokenizing the reviews takes half a minute, once.
 """
 

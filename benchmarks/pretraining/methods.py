@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils.import_utils import is_apollo_torch_available, is_galore_torch_available
 
+from benchmarks.pretraining.candidates import Candidate, make_candidate
 from benchmarks.pretraining.relora import ReLoRACallback, relora_schedule
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
 from loqt_peft.update import begin_step
@@ -38,6 +39,7 @@ class Prepared:
     callbacks: list[TrainerCallback]
     arguments: dict = field(default_factory=dict)
     schedule: Callable[[torch.optim.Optimizer, TrainingArguments], LRScheduler] | None = None
+    candidate: Candidate = field(default_factory=Candidate)
 
 
 class LastMicroBatches(LoQTTrainerCallback):
@@ -100,8 +102,9 @@ def prepare(spec: dict, model: nn.Module) -> Prepared:
     method, fields = spec["method"], spec["fields"]
     if method.startswith("loqt"):
         adapted = get_peft_model(model, LoQTConfig(**fields), autocast_adapter_dtype=False)
-        count = spec["projection_micro_batches"]
-        return Prepared(adapted, [LoQTTrainerCallback() if count is None else LastMicroBatches(count)])
+        count, candidate = spec["projection_micro_batches"], make_candidate(spec["candidate"])
+        callback = candidate.callback() if count is None else LastMicroBatches(count)
+        return Prepared(adapted, [callback], candidate=candidate)
     if method == "full":
         return Prepared(model, [PerformanceCallback()])
     if method == "lora":

@@ -7,7 +7,7 @@ whichever study asks for it.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loqt_peft import LoQTConfig
 
@@ -41,6 +41,7 @@ class Size:
 SIZES = {
     "tiny": Size(32, 48, 1, 2, 320, 16, 4, 1, 8, 0.5, 20),
     "1m": Size(128, 344, 5, 4, 1024, 64, 16, 1, 32, 0.5, 1000),
+    "3m": Size(192, 512, 6, 4, 2048, 128, 16, 1, 48, 0.5, 1500),
     "9m": Size(256, 688, 8, 4, 4096, 128, 64, 1, 64, 0.5, 4000),
     "60m": Size(512, 1376, 8, 8, 32000, 256, 512, 8, 128, 0.4, 10000),
 }
@@ -91,6 +92,7 @@ class Variant:
         optim (`str`): The Trainer's `optim`.
         micro_batches (`int`, *optional*): Of an optimizer step, if not the size's.
         projection_micro_batches (`int`, *optional*): How many of them (the last) P is computed from; `None`: all.
+        candidate (`dict`, *optional*): A mechanism of `candidates.py`, its name and arguments.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Variant:
     optim: str | None = None
     micro_batches: int | None = None
     projection_micro_batches: int | None = None
+    candidate: dict | None = None
 
 
 def method_fields(method: str, size: Size, steps: int, changes: dict) -> dict:
@@ -142,6 +145,7 @@ def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, tex
         "projection_micro_batches": None if projection == micro_batches else projection,
         "method": variant.method,
         "fields": method_fields(variant.method, sizes, steps, variant.fields),
+        "candidate": variant.candidate,
         "optim": variant.optim or OPTIMIZERS.get(variant.method, "adamw_torch"),
         "lr": lr,
         "seed": seed,
@@ -252,6 +256,34 @@ def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Vari
     return [galore, LOQT, eight_bit(size.rank), eight_bit(low * unit, search=True)]
 
 
+def recipe(size: Size, device_bytes) -> list[Variant]:
+    """What might beat the paper's recipe at no more bytes on the device."""
+
+    def loqt(name: str, candidate: str | None = None, arguments: dict | None = None, **fields) -> Variant:
+        description = {"name": candidate, **(arguments or {})} if candidate else None
+        return Variant(name, "loqt", fields, search=True, candidate=description)
+
+    random = {"projection": "random"}
+    constant = {"interval_schedule": "constant"}
+    wide = {"r": min(2 * size.rank, size.hidden)}
+    eight_bit = Variant(f"8-bit moments, r = {wide['r']}", "loqt", wide, search=True, optim="adamw_bnb_8bit")
+    return [
+        LOQT,
+        loqt("random P", **random),
+        loqt("random P, gap 250", update_interval=250, **constant, **random),
+        loqt("random P, gap 500", update_interval=500, **constant, **random),
+        loqt("half of P random", "mixed", {"share": 0.5}),
+        loqt("P of a running average", "running_average", {"decay": 0.9}),
+        loqt("moments rotated", optimizer_state="rotate"),
+        loqt("error kept on the host", "error_feedback"),
+        loqt("stochastic rounding", "stochastic_rounding"),
+        loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
+        loqt("Muon for B", "muon"),
+        eight_bit,
+        replace(eight_bit, name=f"{eight_bit.name}, random P", fields=wide | random),
+    ]
+
+
 STUDIES = {
     "methods": methods,
     "compensation": compensation,
@@ -263,6 +295,7 @@ STUDIES = {
     "optimizer_state": optimizer_state,
     "micro_batches": micro_batches,
     "equal_bytes": equal_bytes,
+    "recipe": recipe,
     # the same methods, ten times as many steps unless told otherwise
     "long": methods,
 }

@@ -219,6 +219,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
             train_dataset=Subset(Blocks(training), order.tolist()),
             eval_dataset=Blocks(validation[:CURVE_BLOCKS]),
             callbacks=[*prepared.callbacks, counter, StopAtDivergence()],
+            optimizers=(prepared.candidate.optimizer(prepared.model, arguments), None),
         )
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
@@ -226,7 +227,8 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
             trainer.lr_scheduler = prepared.schedule(trainer.create_optimizer(), arguments)
         batches = BatchHash(prepared.model)
         start = time.perf_counter()
-        train(trainer)
+        with prepared.candidate.applied():
+            train(trainer)
         seconds = time.perf_counter() - start
         finished = trainer.state.global_step == spec["steps"]
         loss = math.nan

@@ -1,0 +1,243 @@
+"""Changes of an update that are tried out here, and that the package does not have.
+
+A candidate is applied to one run and undone after it. What wins moves into the package as a field of `LoQTConfig`; what does
+not stays here, so that its figures can be measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate.state import GradientState
+from bitsandbytes.functional import get_4bit_type
+from torch import nn
+from transformers import TrainingArguments
+
+import loqt_peft.layer
+from loqt_peft import LoQTTrainerCallback
+from loqt_peft.compensation import Compensated, compensate
+from loqt_peft.layer import LoQTLayer
+from loqt_peft.projection import expand, is_right, project
+from loqt_peft.quantization import BLOCKSIZE, DenseFormat, FourBitFormat
+from loqt_peft.update import active_layers, begin_step, cancel_step
+
+
+class Candidate:
+    """Changes nothing; what the others override."""
+
+    def project(self, layer: LoQTLayer, gradient: torch.Tensor, r: int, method: str, seed: int) -> torch.Tensor:
+        """As [`loqt_peft.projection.project`], of a layer."""
+        return project(gradient, r, method, seed)
+
+    def compensate(self, layer: LoQTLayer, W, P, storage, scale, steps, dtype) -> Compensated:
+        """As [`loqt_peft.compensation.compensate`], of a layer."""
+        return compensate(W, P, storage, scale, steps, dtype)
+
+    def callback(self) -> LoQTTrainerCallback:
+        return LoQTTrainerCallback()
+
+    def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
+        """In place of the Trainer's own."""
+        return None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While the context lasts, every LoQT layer updates as this candidate says."""
+        original = {name: getattr(LoQTLayer, name) for name in ("project_gradient", "compute_switch")}
+        updated = None
+
+        def remembering(name):
+            def method(layer, *args):
+                nonlocal updated
+                updated = layer
+                return original[name](layer, *args)
+
+            return method
+
+        with (
+            mock.patch.multiple(LoQTLayer, **{name: remembering(name) for name in original}),
+            mock.patch.object(loqt_peft.layer, "project", lambda *args: self.project(updated, *args)),
+            mock.patch.object(loqt_peft.layer, "compensate", lambda *args: self.compensate(updated, *args)),
+        ):
+            yield
+
+
+class ErrorFeedback(Candidate):
+    """What quantization and compensation left over is kept on the host, in float32, and merged again at the next update.
+
+    So W + error is what a full-precision copy of the weight would hold; the device holds the same as without.
+    """
+
+    def __init__(self):
+        self.left_over: WeakKeyDictionary[LoQTLayer, torch.Tensor] = WeakKeyDictionary()
+
+    def compensate(self, layer, W, P, storage, scale, steps, dtype):
+        if layer in self.left_over:
+            W = W + self.left_over[layer].to(W.device)
+        new = super().compensate(layer, W, P, storage, scale, steps, dtype)
+        low_rank = expand(P, new.B.float(), is_right(W.shape)).mul_(scale)
+        self.left_over[layer] = (W - storage.unpack(new.weight) - low_rank).cpu()
+        return new
+
+
+def stochastically_rounded(W: torch.Tensor, quant_type: str, generator: torch.Generator) -> torch.Tensor:
+    """W `[out, in]`, float32, with each element at one of its two neighbouring 4-bit levels, W on average."""
+    levels = get_4bit_type(quant_type, device=W.device).float().sort().values
+    blocks = nn.functional.pad(W.flatten(), (0, -W.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
+    absmax = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    shares = (blocks / absmax).clamp(levels[0], levels[-1])
+    above = torch.searchsorted(levels, shares).clamp(min=1)
+    low, high = levels[above - 1], levels[above]
+    drawn = torch.rand(shares.shape, generator=generator, device=generator.device).to(W.device)
+    rounded = torch.where(drawn * (high - low) < shares - low, high, low) * absmax
+    return rounded.flatten()[: W.numel()].view(W.shape)
+
+
+class _StochasticFormat:
+    """A 4-bit format that rounds stochastically."""
+
+    is_lossless = False
+
+    def __init__(self, storage: FourBitFormat, generator: torch.Generator):
+        self.storage, self.generator = storage, generator
+        self.unpack = storage.unpack
+
+    def pack(self, W: torch.Tensor) -> torch.Tensor:
+        # at the levels already, so that nothing is rounded again
+        return self.storage.pack(stochastically_rounded(W, self.storage.quant_type, self.generator))
+
+
+class StochasticRounding(Candidate):
+    """W is requantized with stochastic rounding, in every iteration of compensation."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def compensate(self, layer, W, P, storage, scale, steps, dtype):
+        if not isinstance(storage, DenseFormat):
+            storage = _StochasticFormat(storage, self.generator)
+        return super().compensate(layer, W, P, storage, scale, steps, dtype)
+
+
+class Mixed(Candidate):
+    """A share of P's directions are leading singular vectors, the others random ones, orthogonal to them."""
+
+    def __init__(self, share: float = 0.5):
+        self.share = share
+
+    def project(self, layer, gradient, r, method, seed):
+        leading = round(self.share * r)
+        random = super().project(layer, gradient, r, "random", seed)
+        if not leading:
+            return random
+        P = super().project(layer, gradient, leading, method, seed)
+        right = is_right(gradient.shape)
+        both = torch.cat([P.T, random.T[:, leading:]] if right else [P, random[:, leading:]], dim=1)
+        # the first columns stay as they are, but for their signs
+        Q = torch.linalg.qr(both).Q
+        return Q.T.contiguous() if right else Q
+
+
+class RunningAverage(Candidate):
+    """P from a running average of the updates' gradients, M <- decay M + G, which lies on the host."""
+
+    def __init__(self, decay: float = 0.9):
+        self.decay = decay
+        self.averages: WeakKeyDictionary[LoQTLayer, torch.Tensor] = WeakKeyDictionary()
+
+    def project(self, layer, gradient, r, method, seed):
+        if layer in self.averages:
+            gradient = gradient + self.averages[layer].to(gradient.device).mul_(self.decay)
+        self.averages[layer] = gradient.to("cpu", copy=True)
+        return super().project(layer, gradient, r, method, seed)
+
+
+class WhenItPays(Candidate):
+    """An update that is due takes place only if what it would merge, ‖s·P(B − B₀)‖, is at least `ratio` of what the last
+    quantization left, ‖W − deq(Q) − s·PB₀‖, over all layers."""
+
+    def __init__(self, ratio: float = 1.0):
+        self.ratio = ratio
+        self.start: WeakKeyDictionary[LoQTLayer, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+
+    def compensate(self, layer, W, P, storage, scale, steps, dtype):
+        new = super().compensate(layer, W, P, storage, scale, steps, dtype)
+        self.start[layer] = new.B.clone(), new.error_after
+        return new
+
+    def pays(self, model: nn.Module) -> bool:
+        adapter_name, layers = active_layers(model)
+        if any(layer not in self.start for _, layer in layers):
+            return True
+        learned = error = 0.0
+        for _, layer in layers:
+            B, left_over = self.start[layer]
+            change = (layer.loqt_B[adapter_name].detach() - B).float()
+            product = expand(layer.projection(adapter_name), change, layer.right) * layer.scaling[adapter_name]
+            learned += float(product.square().sum())
+            error += float(left_over)
+        return learned >= self.ratio**2 * error
+
+    def callback(self):
+        candidate = self
+
+        class Callback(LoQTTrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                due = begin_step(model, state.global_step, lambda: GradientState().sync_gradients)
+                if due and not candidate.pays(model):
+                    cancel_step(model)
+
+        return Callback()
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for some parameters and AdamW for the others, as one optimizer."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, betas, eps: float):
+        self.both = (
+            # its updates have the size of AdamW's, so that one learning rate does
+            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
+        )
+        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
+
+    def step(self, closure=None):
+        for optimizer, group in zip(self.both, self.param_groups, strict=True):
+            # where the schedule writes it
+            optimizer.param_groups[0]["lr"] = group["lr"]
+            optimizer.step()
+            self.state.update(optimizer.state)
+
+
+class MuonForB(Candidate):
+    """B is trained by Muon: one state instead of two."""
+
+    def optimizer(self, model, arguments):
+        B = {id(p) for name, p in model.named_parameters() if "loqt_B" in name}
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if id(p) in B]
+        others = [p for p in trainable if id(p) not in B]
+        betas = (arguments.adam_beta1, arguments.adam_beta2)
+        return MuonWithAdamW(matrices, others, arguments.learning_rate, betas, arguments.adam_epsilon)
+
+
+CANDIDATES: dict[str, type[Candidate]] = {
+    "error_feedback": ErrorFeedback,
+    "stochastic_rounding": StochasticRounding,
+    "mixed": Mixed,
+    "running_average": RunningAverage,
+    "when_it_pays": WhenItPays,
+    "muon": MuonForB,
+}
+
+
+def make_candidate(description: dict | None) -> Candidate:
+    """From a spec: `{"name": ..., **its arguments}`, or `None`."""
+    if description is None:
+        return Candidate()
+    arguments = dict(description)
+    return CANDIDATES[arguments.pop("name")](**arguments)
