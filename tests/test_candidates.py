@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from bitsandbytes.functional import get_4bit_type
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,7 +27,7 @@ from benchmarks.pretraining.candidates import (
     make_candidate,
     stochastically_rounded,
 )
-from benchmarks.pretraining.settings import SIZES, Variant, key_of, make_spec, recipe
+from benchmarks.pretraining.settings import SIZES, Variant, key_of, make_spec, recipe, rest
 from loqt_peft import LoQTConfig
 from loqt_peft.layer import LoQTLayer
 from loqt_peft.projection import project
@@ -230,15 +232,47 @@ def test_muon_and_adamw_are_torchs_own_at_the_scheduled_rate():
     assert states == [1, 1, 3]
 
 
-def test_every_row_of_the_study_is_another_run_and_trains():
-    variants = recipe(SIZES["tiny"], None)
+@pytest.mark.parametrize("method", ["full", "loqt"])
+def test_the_rest_trains_at_its_factor_of_the_scheduled_rate(method):
+    def loss(candidate):
+        return run(spec_of(Variant("", method, candidate=candidate), lr=0.002))["loss"]
+
+    plain = loss(None)
+    assert loss({"name": "rate_of_the_rest", "factor": 1.0}) == plain
+    assert loss({"name": "rate_of_the_rest", "factor": 3.0}) != plain
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(p): name for name, p in model.named_parameters()}
+            rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            seen[state.global_step] = {name for name, rate in rates.items() if rate == max(rates.values())}, rates
+
+    spec = spec_of(Variant("", method, candidate={"name": "rate_of_the_rest", "factor": 3.0}))
+    prepared = training.prepare(spec, training.llama(32, 1, 48, 320, heads=2, positions=16))
+    prepared.callbacks.append(Watch())
+    with mock.patch.object(training, "prepare", lambda *_: prepared):
+        run(spec)
+    trainable = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
+    for number in (3, 8):
+        highest, rates = seen[number]
+        assert set(rates) == trainable
+        matrices = {n for n in trainable if "loqt_B" in n or ("proj" in n and method == "full")}
+        assert highest == trainable - matrices and len(matrices) == 7
+        assert min(rates.values()) == pytest.approx(max(rates.values()) / 3)
+    assert seen[3][1] != seen[8][1]
+
+
+def test_every_row_of_the_studies_is_another_run_and_trains():
+    variants = list({v.name: v for study in (recipe, rest) for v in study(SIZES["tiny"], None)}.values())
     assert {v.candidate["name"] for v in variants if v.candidate} == set(CANDIDATES)
     assert len({key_of(spec_of(variant)) for variant in variants}) == len(variants)
     losses = {}
     for variant in variants:
         if variant.candidate:
-            found = run(spec_of(Variant("", "loqt", {**variant.fields, **GAPS}, candidate=variant.candidate)))
-            assert found["steps"] == 9 and found["updates"]
+            fields = {**variant.fields, **(GAPS if variant.method == "loqt" else {})}
+            found = run(spec_of(Variant("", variant.method, fields, candidate=variant.candidate)))
+            assert found["steps"] == 9 and (found["updates"] or variant.method == "full")
             losses[variant.name] = found["loss"]
     # none of them is the same as another, or as what it is compared with
     losses["LoQT"] = run(spec_of(Variant("", "loqt", GAPS)))["loss"]

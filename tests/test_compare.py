@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -197,6 +198,28 @@ def test_every_study_has_valid_runs_and_shares_loqts_own(tmp_path):
         for v in STUDIES["micro_batches"](SIZES["60m"], None)
     ]
     assert key_of(make_spec(LOQT, "60m", 0.01, 0, 10, "text", "float32", "cpu")) in map(key_of, large)
+
+
+def test_only_the_rows_asked_for_are_run_with_what_decides_on_their_rate(tmp_path):
+    compensated = Variant("K = 0", "loqt", {"compensation_steps": 0})
+    plans = [plan_of([BY_METHOD["full"], compensated]), plan_of([LOQT])]
+    workers = Inline()
+    compare.run_all(compare.only_rows(plans, ["K = 0"]), tmp_path / "runs.jsonl", workers)
+    specs = [spec for spec in workers.specs if spec["fields"].get("compensation_steps") != 0]
+    assert {spec["method"] for spec in workers.specs} == {"loqt"}
+    assert len(specs) == 3 and len(workers.specs) == 6
+    with pytest.raises(CompareError, match=r"--rows \['K = 1'\]: .*'K = 0', 'LoQT'"):
+        compare.only_rows(plans, ["LoQT", "K = 1"])
+
+
+def test_a_row_with_rates_of_its_own_is_searched_at_these(tmp_path):
+    workers = Inline()
+    plan = plan_of([replace(LOQT, rates=(0.5, 0.25))])
+    plan.rates = None
+    compare.run_all([plan], tmp_path / "runs.jsonl", workers)
+    assert {spec["lr"] for spec in workers.specs if spec["seed"] == 0} == {0.5, 0.25}
+    plan.rates = (0.125,)
+    assert [spec["lr"] for spec in plan.grid(plan.variants[0])] == [0.125]
 
 
 def test_equal_bytes_takes_the_largest_rank_that_fits():

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import GradientState
 from bitsandbytes.functional import get_4bit_type
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import loqt_peft.layer
 from loqt_peft import LoQTTrainerCallback
@@ -225,6 +225,24 @@ class MuonForB(Candidate):
         return MuonWithAdamW(matrices, others, arguments.learning_rate, betas, arguments.adam_epsilon)
 
 
+class RateOfTheRest(Candidate):
+    """What is no linear layer of the blocks (embeddings, norms, head) trains at `factor` times the learning rate."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def optimizer(self, model, arguments):
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        at_the_ends = {id(p) for module in ends for p in module.parameters()}
+        blocks, rest = [], []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                (rest if parameter.ndim < 2 or id(parameter) in at_the_ends else blocks).append(parameter)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        groups = {"params": blocks}, {"params": rest, "lr": self.factor * options["lr"]}
+        return kind(groups, weight_decay=arguments.weight_decay, **options)
+
+
 CANDIDATES: dict[str, type[Candidate]] = {
     "error_feedback": ErrorFeedback,
     "stochastic_rounding": StochasticRounding,
@@ -232,6 +250,7 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "running_average": RunningAverage,
     "when_it_pays": WhenItPays,
     "muon": MuonForB,
+    "rate_of_the_rest": RateOfTheRest,
 }
 
 

@@ -13,7 +13,7 @@ Markdown tables and figures, beside the results file. `--report` makes them of w
 
 At 1M parameters the methods are 42 runs. Extrapolated from 60 steps of each, a run takes 3.5 to 5 minutes on one thread of a
 busy machine, and all of them about 1.5 hours on 2 cores; the ablations are 120 runs more, `recipe` (settings and mechanisms,
-candidates.py, that might do better than the paper's) some 70, and `long` is ten times the methods.
+candidates.py, that might do better than the paper's) some 70, `rest` 40. `long` is 16 runs of ten times as many steps.
 Tokenizing the reviews takes half a minute, once.
 """
 
@@ -33,7 +33,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ class Plan:
         variants (`list[Variant]`): Its rows.
         spec (`Callable`): (variant, learning rate, seed) -> spec.
         seeds (`list[int]`): The grid is searched with the first.
-        rates (`tuple[float]`, *optional*): Instead of every method's own grid.
+        rates (`tuple[float]`, *optional*): Instead of every variant's own grid.
         size (`str`): The size's name.
         steps (`int`): Of each run.
     """
@@ -87,7 +87,7 @@ class Plan:
     def grid(self, variant: Variant) -> list[dict]:
         """The runs that decide on the learning rate of a variant."""
         searched = variant if variant.search else LOQT
-        rates = self.rates or LEARNING_RATES[searched.method]
+        rates = self.rates or searched.rates or LEARNING_RATES[searched.method]
         return [self.spec(searched, rate, self.seeds[0]) for rate in rates]
 
     def best_rate(self, variant: Variant, done: dict[str, dict]) -> float | None:
@@ -241,6 +241,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the grid runs with the first")
     parser.add_argument("--lrs", type=float, nargs="+", help="instead of each method's own grid")
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), help="only these methods of the studies")
+    parser.add_argument(
+        "--rows", nargs="+", help="run only these rows of the studies; the tables have all that is there"
+    )
     parser.add_argument("--workers", type=int, default=1 if cuda else os.cpu_count(), help="runs side by side")
     parser.add_argument("--text", help="a file, or a data set's name; by default IMDB reviews")
     parser.add_argument("--text-config", help="configuration of the data set")
@@ -288,10 +291,19 @@ def make_plans(options: argparse.Namespace, fingerprint: str) -> list[Plan]:
     return plans
 
 
+def only_rows(plans: list[Plan], names: list[str]) -> list[Plan]:
+    """The plans with the variants of these names. Raises CompareError if no study has one of them."""
+    there = {variant.name for plan in plans for variant in plan.variants}
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise CompareError(f"--rows {unknown}: the rows are {sorted(there)}")
+    return [replace(plan, variants=[v for v in plan.variants if v.name in names]) for plan in plans]
+
+
 def check_packages(studies: list[str], methods: list[str] | None) -> None:
     """Raises CompareError, with what to install, before anything has run."""
     needed = set(methods or LEARNING_RATES)
-    if not {"methods", "long"} & set(studies):
+    if "methods" not in studies:
         needed &= {"loqt", "loqt-nq", *(["galore"] if "equal_bytes" in studies else [])}
     missing = missing_packages(needed)
     if missing:
@@ -311,13 +323,14 @@ def main(argv: list[str] | None = None) -> int:
     parts = text.documents(options.text, options.text_config, options.documents)
     blocks, fingerprint = text.token_blocks(parts, size.vocabulary, size.length, options.cache / "blocks")
     plans = make_plans(options, fingerprint)
+    wanted = only_rows(plans, options.rows) if options.rows else plans
     failed = []
     if not options.report:
         logs = options.cache / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         workers = Workers(options.workers, blocks, logs)
         try:
-            failed = run_all(plans, options.results, workers)
+            failed = run_all(wanted, options.results, workers)
         except BaseException:
             workers.close(now=True)
             raise

@@ -106,7 +106,7 @@ def prepare(spec: dict, model: nn.Module) -> Prepared:
         callback = candidate.callback() if count is None else LastMicroBatches(count)
         return Prepared(adapted, [callback], candidate=candidate)
     if method == "full":
-        return Prepared(model, [PerformanceCallback()])
+        return Prepared(model, [PerformanceCallback()], candidate=make_candidate(spec["candidate"]))
     if method == "lora":
         return Prepared(add_lora(model, fields), [PerformanceCallback()])
     if method == "relora":

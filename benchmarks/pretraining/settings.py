@@ -37,11 +37,13 @@ class Size:
         return {name: getattr(self, name) for name in names}
 
 
-# the smallest is for trying things out; the largest is the paper's
+# "tiny" is for trying things out; from "300k" to "3m" only the model changes, so that their losses can be compared; the
+# largest is the paper's
 SIZES = {
     "tiny": Size(32, 48, 1, 2, 320, 16, 4, 1, 8, 0.5, 20),
+    "300k": Size(64, 172, 4, 4, 1024, 64, 16, 1, 16, 0.5, 1000),
     "1m": Size(128, 344, 5, 4, 1024, 64, 16, 1, 32, 0.5, 1000),
-    "3m": Size(192, 512, 6, 4, 2048, 128, 16, 1, 48, 0.5, 1500),
+    "3m": Size(192, 512, 6, 4, 1024, 64, 16, 1, 48, 0.5, 1000),
     "9m": Size(256, 688, 8, 4, 4096, 128, 64, 1, 64, 0.5, 4000),
     "60m": Size(512, 1376, 8, 8, 32000, 256, 512, 8, 128, 0.4, 10000),
 }
@@ -89,6 +91,7 @@ class Variant:
         method (`str`): One of `LEARNING_RATES`.
         fields (`dict`): Settings of the method that differ from its own.
         search (`bool`): Whether it gets a learning rate of its own from the grid; if not, it runs at LoQT's best.
+        rates (`tuple[float]`, *optional*): Its grid, if not the method's.
         optim (`str`): The Trainer's `optim`.
         micro_batches (`int`, *optional*): Of an optimizer step, if not the size's.
         projection_micro_batches (`int`, *optional*): How many of them (the last) P is computed from; `None`: all.
@@ -99,6 +102,7 @@ class Variant:
     method: str
     fields: dict = field(default_factory=dict)
     search: bool = False
+    rates: tuple[float, ...] | None = None
     optim: str | None = None
     micro_batches: int | None = None
     projection_micro_batches: int | None = None
@@ -284,6 +288,33 @@ def recipe(size: Size, device_bytes) -> list[Variant]:
     ]
 
 
+def rest(size: Size, device_bytes) -> list[Variant]:
+    """Whether what trains at full rank in every method (embeddings, norms, head) wants another learning rate.
+
+    LoQT's best rates are higher than full-rank AdamW's, and one rate is for all: some of the distance may come from there.
+    """
+
+    def at(factor: float, variant: Variant) -> Variant:
+        name = f"{variant.name}, the rest at {factor:g} times the rate"
+        return replace(variant, name=name, candidate={"name": "rate_of_the_rest", "factor": factor})
+
+    full = next(variant for variant in METHODS if variant.method == "full")
+    random = next(variant for variant in recipe(size, device_bytes) if variant.name == "random P, gap 250")
+    return [full, at(3.0, full), at(5.0, full), LOQT, at(0.3, LOQT), random, at(0.3, random)]
+
+
+def long(size: Size, device_bytes) -> list[Variant]:
+    """Whether a quantized model stops learning early. Long runs want lower rates, and few of them can be tried."""
+    full, nq = (next(variant for variant in METHODS if variant.method == method) for method in ("full", "loqt-nq"))
+    random = next(variant for variant in recipe(size, device_bytes) if variant.name == "random P, gap 250")
+    return [
+        replace(full, rates=(0.001, 0.002)),
+        replace(nq, rates=(0.002, 0.005)),
+        replace(LOQT, rates=(0.002, 0.005)),
+        replace(random, rates=(0.005, 0.01)),
+    ]
+
+
 STUDIES = {
     "methods": methods,
     "compensation": compensation,
@@ -296,7 +327,8 @@ STUDIES = {
     "micro_batches": micro_batches,
     "equal_bytes": equal_bytes,
     "recipe": recipe,
-    # the same methods, ten times as many steps unless told otherwise
-    "long": methods,
+    "rest": rest,
+    # ten times as many steps unless told otherwise
+    "long": long,
 }
 LONG = 10
