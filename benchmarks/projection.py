@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from common import llama, markdown_table, provenance, token_blocks, write_json, write_markdown
 
-from loqt_peft.projection import project
+from loqt_peft.projection import project, random_projection
 
 
 METHODS = ("svd", "eigh", "randomized", "random", "sketch", "one micro-batch of 4")
@@ -94,6 +94,8 @@ def quality(gradient, part, rank, method):
         rows = sketch(gradient, rank)
     elif method == "one micro-batch of 4":
         rows = project(part, rank, "svd")
+    elif method == "random":
+        rows = random_projection(gradient.shape, rank, seed=0)
     else:
         rows = project(gradient, rank, method)
     exact = project(gradient, rank, "svd")

@@ -22,6 +22,7 @@ from .quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
 METHODS = ("loqt", "loqt-nq", "lora", "qlora", "galore", "full")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 BASES = ("4bit", "dense")
+ESTIMATED_PROJECTIONS = ("randomized", "random")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # decoders of this form: RMSNorm, attention with rotary embeddings, a gated MLP
 CLOSED_FORM_TYPES = ("llama", "mistral", "qwen2")
@@ -54,6 +55,7 @@ class MemoryOptions:
         double_quant (`bool`): The absmax is quantized too.
         update_mode (`str`): As in [`LoQTConfig`].
         offload_gradients (`bool`, *optional*): As in [`LoQTConfig`].
+        projection (`str`): `"randomized"`, or `"random"`, with which an update needs no gradient.
         full_rank (`bool`, *optional*):
             Whether embeddings, norms, biases and the head are trained; `None`: not with LoRA and QLoRA.
         retain_base (`str`): As in [`LoQTConfig`].
@@ -76,6 +78,7 @@ class MemoryOptions:
     double_quant: bool = False
     update_mode: str = "backward"
     offload_gradients: bool | None = None
+    projection: str = "randomized"
     full_rank: bool | None = None
     retain_base: str = "cpu"
 
@@ -90,6 +93,7 @@ class MemoryOptions:
         choice("dtype", DTYPES)
         choice("update_mode", UPDATE_MODES)
         choice("retain_base", RETAIN_BASE)
+        choice("projection", ESTIMATED_PROJECTIONS)
         for name in ("rank", "batch_size", "sequence_length", "gradient_accumulation_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -492,8 +496,9 @@ class ClosedForm:
         forward = self.size + (0 if self.size == 4 else 4) + 4
         return self.tokens * self.shape.vocabulary * max(forward, 12)
 
-    def _step(self, capture: bool, dense: bool = False) -> dict[str, Counter]:
+    def _step(self, update: bool, dense: bool = False) -> dict[str, Counter]:
         """The peaks of an ordinary step, or of one with an update of LoQT."""
+        capture = update and self._captures
         shape, options, T, e, L = self.shape, self.options, self.tokens, self.size, self.shape.layers
         held = self.static(dense)
         layer, head, embedding = self.gradients()
@@ -584,9 +589,9 @@ class ClosedForm:
                 )
             ],
         }
-        if capture:
+        if update:
             rest = every - self.adapter_size * sum(sum(self.adapter(x)) for x in shape.linears) * (
-                0 if options.per_layer else 1 if mode == "stagger" else L
+                0 if options.per_layer else 1 if options.update_mode == "stagger" else L
             )
             before = 4 * sum(x.numel for x in shape.linears if x.group in ("attention", "output"))
             left = L * captured - (before if captured and mode == "whole" else 0)
@@ -599,6 +604,11 @@ class ClosedForm:
         if self.options.base == "dense":
             return self.shape.layers * self.size * sum(numels)
         return self.shape.layers * sum(sum(self._four_bit(numel)) for numel in numels)
+
+    @property
+    def _captures(self) -> bool:
+        """Whether an update needs gradients of the weights."""
+        return self.options.projection != "random"
 
     def _offloads(self) -> bool:
         options = self.options
@@ -633,7 +643,7 @@ class ClosedForm:
         packed = sum(self._four_bit(largest.numel)) if self.options.method == "loqt" else self.size * largest.numel
         # W and its residual; the best W so far, a new one, and the codes that it is made of
         matrices = 8 * largest.numel + 3 * packed
-        if self.options.update_mode == "whole" and self._offloads():
+        if self._captures and self.options.update_mode == "whole" and self._offloads():
             matrices += 4 * largest.numel
         # B in the coordinates of the basis: the present one, the best so far and the better of them; P and the basis
         adapter, P = sum(self.adapter(largest)), math.prod(projection_shape(largest.shape, self.rank(largest)))
@@ -643,11 +653,11 @@ class ClosedForm:
         """The peak of every phase, by category; see [`~loqt_peft.memory.MemoryEstimate`]."""
         load = self.static(self.options.starts_dense)
         del load["optimizer state"]
-        phases = {"load": load, **self._step(capture=False)}
+        phases = {"load": load, **self._step(update=False)}
         if self.options.trains_loqt:
-            phases["update step"] = _largest(self._step(capture=True).values())
+            phases["update step"] = _largest(self._step(update=True).values())
             if self.options.starts_dense:
-                phases["first update"] = _largest(self._step(capture=True, dense=True).values())
+                phases["first update"] = _largest(self._step(update=True, dense=True).values())
         if self._galore:
             phases["update step"] = self._galore_update()
         return phases
@@ -668,7 +678,7 @@ class ClosedForm:
         held = Counter()
         if options.trains_loqt and options.retain_base == "cpu":
             held["base weights"] = self._base_weights()
-        if options.trains_loqt and self._offloads():
+        if options.trains_loqt and self._captures and self._offloads():
             updated = 1 if options.update_mode == "stagger" else layers
             if options.update_mode == "whole" or options.gradient_accumulation_steps > 1:
                 held["gradients"] = 4 * updated * sum(linear.numel for linear in self.shape.linears)

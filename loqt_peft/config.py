@@ -88,7 +88,8 @@ class LoQTConfig(PeftConfig):
         default="randomized",
         metadata={
             "help": "How P is computed from the gradient: its singular vectors, exactly, by the Gram matrix, or by a "
-            "randomized range finder. 'random': directions that have nothing to do with it, from torch's seed."
+            "randomized range finder. 'random': directions that have nothing to do with it, from torch's seed; an update "
+            "then takes no gradient of W, and its step needs no more memory than an ordinary one, in every update_mode."
         },
     )
     optimizer_state: Literal["keep", "reset", "rotate"] = field(

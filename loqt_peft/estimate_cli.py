@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .closed_form import DTYPES, METHODS, OPTIMIZERS
+from .closed_form import DTYPES, ESTIMATED_PROJECTIONS, METHODS, OPTIMIZERS
 from .config import RETAIN_BASE, UPDATE_MODES
 from .memory import CONTEXT_BYTES, FRAGMENTATION, MemoryEstimate, MemoryPlan, estimate_memory, plan_memory
 
@@ -27,6 +27,7 @@ FIELDS = (
     "double_quant",
     "update_mode",
     "offload_gradients",
+    "projection",
     "full_rank",
     "retain_base",
 )
@@ -57,6 +58,7 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--double-quant", action=yes_no)
     parser.add_argument("--update-mode", choices=UPDATE_MODES, help="default: backward")
     parser.add_argument("--offload-gradients", action=yes_no, help="default: by update mode")
+    parser.add_argument("--projection", choices=ESTIMATED_PROJECTIONS, help="how P is computed (default: randomized)")
     parser.add_argument("--full-rank", action=yes_no, help="train embeddings, norms and head (default: by method)")
     parser.add_argument("--retain-base", choices=RETAIN_BASE, help="default: cpu")
     parser.add_argument("--gpu", metavar="SIZE", default=None, help="memory of the device, as 24GiB")

@@ -26,6 +26,7 @@ from .projection import (
     is_right,
     project,
     projection_shape,
+    random_projection,
     squared_norm,
     trainable_shape,
 )
@@ -81,7 +82,7 @@ class Switch(NamedTuple):
         B (`torch.Tensor`): In the dtype of the trainable matrix.
         statistics (`torch.Tensor`):
             float64 `[6]`: squared norms of the merged s·PB, the merged weight, the quantization error before and after
-            compensation, the gradient within the span of P, and the gradient.
+            compensation, the gradient within the span of P, and the gradient (both zero where none was recorded).
     """
 
     weight: torch.Tensor
@@ -214,8 +215,9 @@ class LoQTLayer(BaseTunerLayer):
         # of a dropped base
         self._base_sample: tuple[int, torch.Tensor] | None = None
 
-        # name of the adapter whose update the gradient is recorded for
-        self._captured_adapter: str | None = None
+        # name of the adapter that an update of this layer is due of, and whether the gradient is recorded for it
+        self._updated_adapter: str | None = None
+        self._records = False
         self._offload_gradients = False
         self._is_last_backward: Callable[[], bool] | None = None
         self._capture_id = next(_capture_ids)
@@ -530,14 +532,18 @@ class LoQTLayer(BaseTunerLayer):
         self._attended = True
 
     @property
-    def capturing(self) -> bool:
-        """Whether gradients are recorded."""
-        return self._captured_adapter is not None
+    def update_due(self) -> bool:
+        """Whether an update of this layer follows the step."""
+        return self._updated_adapter is not None
+
+    def needs_gradient(self, adapter_name: str) -> bool:
+        """Whether P is made from dL/dW."""
+        return self.config[adapter_name].projection != "random"
 
     def start_capture(
         self, adapter_name: str, offload: bool, is_last_backward: Callable[[], bool] | None = None
     ) -> None:
-        """Record dL/dW from now on, in the backward passes of this layer.
+        """An update follows this step: record dL/dW from now on, in the backward passes of this layer, if P is made from it.
 
         Args:
             adapter_name (`str`): The adapter that will be updated.
@@ -551,7 +557,8 @@ class LoQTLayer(BaseTunerLayer):
             # this layer is a copy
             self._capture_id = next(_capture_ids)
         _capturing[self._capture_id] = self
-        self._captured_adapter = adapter_name
+        self._updated_adapter = adapter_name
+        self._records = self.needs_gradient(adapter_name)
         self._offload_gradients = offload
         self._is_last_backward = is_last_backward
 
@@ -559,10 +566,11 @@ class LoQTLayer(BaseTunerLayer):
         """Stop recording and hand over what there is.
 
         Returns:
-            The gradient, float32 `[out, in]`, or what was made of it; both `None` if no backward pass came by.
+            The gradient, float32 `[out, in]`, or what was made of it; both `None` if nothing was recorded.
         """
         captured = self._gradient, self._projected
-        self._captured_adapter = self._is_last_backward = self._gradient = self._projected = None
+        self._updated_adapter = self._is_last_backward = self._gradient = self._projected = None
+        self._records = False
         self._calls = 0
         return captured
 
@@ -572,8 +580,10 @@ class LoQTLayer(BaseTunerLayer):
         return self._gradient
 
     @property
-    def captured_is_finite(self) -> torch.Tensor | None:
-        """Whether what was recorded is finite: a 0-d tensor; `None` if nothing was."""
+    def is_finite(self) -> torch.Tensor | None:
+        """Whether what was recorded is finite, or, where no gradient is needed, B: a 0-d tensor; `None` if nothing was."""
+        if not self._records:
+            return torch.isfinite(self.loqt_B[self._updated_adapter].detach().sum(dtype=torch.float32))
         if self._projected is not None:
             return self._projected.finite
         # a sum is finite only if every term is
@@ -607,7 +617,7 @@ class LoQTLayer(BaseTunerLayer):
             gradient.add_(self._gradient.to(gradient.device, non_blocking=True))
         if self._calls == 0 and self._is_last_backward is not None and self._is_last_backward():
             self._gradient = None
-            projected = self.project_gradient(self._captured_adapter, gradient)
+            projected = self.project_gradient(self._updated_adapter, gradient)
             if self._offload_gradients:
                 projected = projected._replace(P=_on_host(projected.P))
             self._projected = projected
@@ -632,14 +642,25 @@ class LoQTLayer(BaseTunerLayer):
         finite = torch.isfinite(energy)
         # a decomposition must not see what is not finite
         gradient.masked_fill_(~finite, 0)
-        # from the user's seed, as the Trainer sets it again when it resumes; another one for each layer and update
-        seed = hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
-        new = projection_format.pack(
-            project(gradient, self.r[adapter_name], self.config[adapter_name].projection, seed)
-        )
+        new = projection_format.pack(project(gradient, self.r[adapter_name], self.config[adapter_name].projection))
         P = torch.where(energy > 0, new, self.loqt_P[adapter_name])
         captured = captured_energy(gradient, projection_format.unpack(P))
         return Projected(P, torch.stack([captured, energy]), finite)
+
+    def draw_projection(self, adapter_name: str) -> Projected:
+        """Random directions, for which no gradient is needed; the energies are zero."""
+        device = self.loqt_P[adapter_name].device
+        P = random_projection(self.shape, self.r[adapter_name], self.projection_seed(adapter_name), device)
+        return Projected(
+            self.projection_format(adapter_name).pack(P),
+            torch.zeros(2, device=device),
+            torch.ones((), dtype=torch.bool, device=device),
+        )
+
+    def projection_seed(self, adapter_name: str) -> int:
+        """Of random directions; another one for each layer and update."""
+        # from the user's seed, as the Trainer sets it again when it resumes
+        return hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
 
     @torch.no_grad()
     def compute_switch(self, adapter_name: str, projected: Projected | None) -> Switch:
@@ -736,7 +757,7 @@ class Linear(LoQTLayer, nn.Module):
 
         fuses = self._can_fuse(x, adapters)
         y = self._fused_forward(x, adapters[0]) if fuses else self._unfused_forward(x, adapters)
-        if self.training and self.capturing:
+        if self.training and self._records:
             y = self._tap(x, y)
         elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:

@@ -230,6 +230,7 @@ def _levers(shape: ModelShape, options: MemoryOptions) -> tuple[Lever, ...]:
         {"batch_size": max(options.batch_size // 2, 1)},
         {"update_mode": "backward"},
         {"update_mode": "stagger"},
+        {"projection": "random"},
         {"retain_base": "cpu"},
     ]
     if options.method != "full":

@@ -1,4 +1,4 @@
-"""From the gradient of a weight to the projection P: its leading singular vectors on the smaller side (paper §3.1).
+"""The projection P: leading singular vectors of a gradient on its smaller side (paper §3.1), or random directions.
 
 Layouts, for W `[out, in]` and rank r:
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 
-PROJECTIONS = ("svd", "eigh", "randomized", "random")
+OF_GRADIENT = ("svd", "eigh", "randomized")
+PROJECTIONS = (*OF_GRADIENT, "random")
 # of the randomized range finder
 MIN_OVERSAMPLING, OVERSAMPLING_SHARE = 32, 8
 # share of the mean eigenvalue of a Gram matrix
@@ -51,8 +52,8 @@ def squared_norm(X: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(X, dim=1).square().sum()
 
 
-def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: int = 0) -> torch.Tensor:
-    r"""The top-r singular vectors of the gradient on its smaller side (paper Algorithm 1, line 7), or random directions.
+def project(gradient: torch.Tensor, r: int, method: str = "randomized") -> torch.Tensor:
+    r"""The top-r singular vectors of the gradient on its smaller side (paper Algorithm 1, line 7).
 
     Args:
         gradient (`torch.Tensor`): dL/dW, `[out, in]`, floating, finite.
@@ -60,10 +61,8 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
         method (`str`):
             `"svd"`: exact. `"eigh"`: eigenvectors of the Gram matrix of the smaller side, exact up to rounding.
             `"randomized"`: Halko et al.'s range finder on Gᵀ G, with r/8, but at least 32, extra directions, from a fixed
-            seed; it makes no copy of the gradient, only thin matrices. Directions weaker than about 3e-4 of the strongest
-            one are below what it resolves. `"random"`: orthonormal directions that have nothing to do with the gradient.
-            The global random state is left alone by both.
-        seed (`int`): Of `"random"`.
+            seed, which leaves the global random state alone; it makes no copy of the gradient, only thin matrices.
+            Directions weaker than about 3e-4 of the strongest one are below what it resolves.
 
     Returns:
         `torch.Tensor`:
@@ -72,10 +71,7 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
     Raises:
         ValueError: If `r` or `method` is out of range.
     """
-    if not 0 < r <= min(gradient.shape):
-        raise ValueError(
-            f"r={r} is not allowed for a gradient of shape {tuple(gradient.shape)}: 1 to its smaller side."
-        )
+    _check_rank(r, gradient.shape)
     right = is_right(gradient.shape)
     # one orientation from here on: the smaller side is the second one
     G = (gradient if right else gradient.T).float()
@@ -88,11 +84,38 @@ def project(gradient: torch.Tensor, r: int, method: str = "randomized", seed: in
         vectors = torch.linalg.eigh(G.T @ G).eigenvectors[:, -r:].flip(1).T
     elif method == "randomized":
         vectors = _randomized(G, scale, r)
-    elif method == "random":
-        vectors = torch.linalg.qr(_normal(G.shape[1], r, seed, G.device)).Q.T
     else:
-        raise ValueError(f"projection={method!r} is not allowed: one of {', '.join(map(repr, PROJECTIONS))}.")
-    # the sign of a singular vector is arbitrary, and 4-bit rounding is not symmetric
+        raise ValueError(f"method={method!r} is not allowed: one of {', '.join(map(repr, OF_GRADIENT))}.")
+    return _as_projection(vectors, right)
+
+
+def random_projection(shape: tuple[int, int], r: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Orthonormal directions, uniformly distributed; the global random state is left alone.
+
+    Args:
+        shape (`tuple[int, int]`): Of W, `[out, in]`.
+        r (`int`): Number of directions, at most min(out, in).
+        seed (`int`): The same seed gives the same directions on the same kind of device.
+        device (`torch.device`): Where P is wanted.
+
+    Returns:
+        `torch.Tensor`: P, as [`project`] returns it.
+
+    Raises:
+        ValueError: If `r` is out of range.
+    """
+    _check_rank(r, shape)
+    vectors = torch.linalg.qr(_normal(min(shape), r, seed, torch.device(device))).Q.T
+    return _as_projection(vectors, is_right(shape))
+
+
+def _check_rank(r: int, shape: tuple[int, int]) -> None:
+    if not 0 < r <= min(shape):
+        raise ValueError(f"r={r} is not allowed for a weight of shape {tuple(shape)}: 1 to its smaller side.")
+
+
+def _as_projection(vectors: torch.Tensor, right: bool) -> torch.Tensor:
+    # the sign of a direction is arbitrary, and 4-bit rounding is not symmetric
     signs = torch.where(vectors.amax(dim=1) >= -vectors.amin(dim=1), 1.0, -1.0)
     vectors = vectors * signs.unsqueeze(1)
     return (vectors if right else vectors.T).contiguous()

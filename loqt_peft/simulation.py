@@ -254,6 +254,7 @@ def build_model(config: PreTrainedConfig, options: MemoryOptions, device: str = 
             full_rank_modules="all" if options.full_rank else None,
             retain_base=options.retain_base,
             offload_gradients=options.offload_gradients,
+            projection=options.projection,
             num_updates=updates,
             task_type="CAUSAL_LM",
         )

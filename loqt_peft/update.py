@@ -35,7 +35,8 @@ class LoQTUpdate:
         merged_change (`float`): ‖s·PB‖ / ‖W‖ of what was merged.
         quantization_error_before (`float`): ‖W − deq(q(W))‖ / ‖W‖, before compensation.
         quantization_error_after (`float`): ‖W − deq(Q) − s·PB‖ / ‖W‖, after compensation.
-        gradient_energy (`float`): Share of ‖G‖² that lies in the span of the (quantized) P.
+        gradient_energy (`float`, *optional*):
+            Share of ‖G‖² that lies in the span of the (quantized) P; `None` with `projection="random"`, which needs no G.
         seconds (`float`): Wall time of the switch; P may have been computed before, within the backward pass.
     """
 
@@ -43,12 +44,12 @@ class LoQTUpdate:
     merged_change: float
     quantization_error_before: float
     quantization_error_after: float
-    gradient_energy: float
+    gradient_energy: float | None
     seconds: float
 
     def metrics(self) -> dict[str, float]:
-        """The figures under the names by which they are logged."""
-        return {
+        """The figures that there are, under the names by which they are logged."""
+        figures = {
             "loqt/updates": self.num_updates,
             "loqt/merged_change": self.merged_change,
             "loqt/quantization_error_before": self.quantization_error_before,
@@ -56,6 +57,7 @@ class LoQTUpdate:
             "loqt/gradient_energy": self.gradient_energy,
             "loqt/seconds": self.seconds,
         }
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
@@ -84,7 +86,9 @@ def _active(layers: list[tuple[str, LoQTLayer]]) -> tuple[str | None, list[tuple
 
 
 def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool] | None = None) -> bool:
-    """Before the first forward pass of an optimizer step: capture gradients if an update is due.
+    """Before the first forward pass of an optimizer step: capture gradients if an update is due that needs them.
+
+    With `projection="random"` nothing is captured, and an update step is an ordinary one up to the switch.
 
     Args:
         model (`nn.Module`): A model with LoQT layers.
@@ -150,10 +154,10 @@ def cancel_step(model: nn.Module) -> None:
 
 @torch.no_grad()
 def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
-    """After `optimizer.step()` and before `optimizer.zero_grad()`: update, if this step captured gradients.
+    """After `optimizer.step()` and before `optimizer.zero_grad()`: update, if [`begin_step`] found one due.
 
-    The update is postponed to the next step if the optimizer skipped this one (fp16 overflow) or if a gradient is not
-    finite. In a `torch.distributed` run all processes must call this.
+    The update is postponed to the next step if the optimizer skipped this one (fp16 overflow) or if a gradient, or with
+    `projection="random"` B, is not finite. In a `torch.distributed` run all processes must call this.
 
     Args:
         model (`nn.Module`): The model given to [`begin_step`].
@@ -164,18 +168,21 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         [`LoQTUpdate`] or `None`: The figures of the update, if there was one.
     """
     adapter_name, layers = active_layers(model)
-    layers = [(name, layer) for name, layer in layers if layer.capturing]
+    layers = [(name, layer) for name, layer in layers if layer.update_due]
     if not layers:
         return None
     start = time.perf_counter()
 
+    config = layers[0][1].config[adapter_name]
+    needs_gradient = layers[0][1].needs_gradient(adapter_name)
     skipped = bool(getattr(optimizer, "step_was_skipped", False))
-    broken = _non_finite_gradients(layers, adapter_name)
+    broken = _not_finite(layers, adapter_name)
     if skipped or broken:
         if broken and not skipped and not layers[0][1].update_pending(adapter_name):
+            what = "gradient" if needs_gradient else "matrix B"
             warnings.warn(
-                f"The gradient of {broken} of {len(layers)} LoQT layers is not finite; the update is postponed to the next "
-                "step with finite gradients. Nothing was changed.",
+                f"The {what} of {broken} of {len(layers)} LoQT layers is not finite; the update is postponed to the next "
+                f"step with a finite {what}. Nothing was changed.",
                 stacklevel=2,
             )
         for _, layer in layers:
@@ -183,7 +190,6 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         cancel_step(model)
         return None
 
-    config = layers[0][1].config[adapter_name]
     for _, layer in layers:
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
@@ -198,7 +204,8 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     # the host waits for the devices once
     device = statistics[0].device
     by_layer = torch.stack([value.to(device, non_blocking=True) for value in statistics]).tolist()
-    _warn_without_gradient(model, [name for (name, _), row in zip(layers, by_layer, strict=True) if not row[5]])
+    if needs_gradient:
+        _warn_without_gradient(model, [name for (name, _), row in zip(layers, by_layer, strict=True) if not row[5]])
 
     num_updates = layers[0][1].num_updates(adapter_name)
     _record_updates(model, adapter_name, num_updates)
@@ -208,7 +215,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         merged_change=(change / weight) ** 0.5 if weight else 0.0,
         quantization_error_before=(before / weight) ** 0.5 if weight else 0.0,
         quantization_error_after=(after / weight) ** 0.5 if weight else 0.0,
-        gradient_energy=captured / gradient if gradient else 0.0,
+        gradient_energy=None if not needs_gradient else captured / gradient if gradient else 0.0,
         seconds=time.perf_counter() - start,
     )
 
@@ -228,12 +235,12 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _non_finite_gradients(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
-    """Number of layers whose gradient is not finite, on any process."""
+def _not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
+    """Number of layers that an update would break, on any process."""
     device = layers[0][1].loqt_P[adapter_name].device
     broken = torch.zeros(len(layers), device=device)
     for index, (_, layer) in enumerate(layers):
-        if (finite := layer.captured_is_finite) is not None:
+        if (finite := layer.is_finite) is not None:
             broken[index] = (~finite).to(device, torch.float32)
     if _is_distributed():
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)
@@ -248,19 +255,26 @@ def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
     """
     device = layer.loqt_P[adapter_name].device
     gradient, projected = layer.stop_capture()
+    draws = not layer.needs_gradient(adapter_name)
     if gradient is not None:
         gradient = gradient.to(device, non_blocking=True)
     if not _is_distributed():
-        if gradient is not None:
+        if draws:
+            projected = layer.draw_projection(adapter_name)
+        elif gradient is not None:
             projected = layer.project_gradient(adapter_name, gradient)
         return layer.compute_switch(adapter_name, projected)
 
     owner = index % dist.get_world_size()
-    if gradient is None:
-        gradient = torch.zeros(layer.shape, device=device)
-    dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
+    if not draws:
+        if gradient is None:
+            gradient = torch.zeros(layer.shape, device=device)
+        dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
     if dist.get_rank() == owner:
-        projected = layer.project_gradient(adapter_name, gradient.div_(dist.get_world_size()))
+        if draws:
+            projected = layer.draw_projection(adapter_name)
+        else:
+            projected = layer.project_gradient(adapter_name, gradient.div_(dist.get_world_size()))
         switch = layer.compute_switch(adapter_name, projected)
     else:
         switch = layer.empty_switch(adapter_name)

@@ -14,11 +14,11 @@ from loqt_peft import LoQTTrainerCallback, performance
 from loqt_peft.update import loqt_layers
 
 
-def main(output_dir, batch_size, accumulation, update_mode):
+def main(output_dir, batch_size, accumulation, update_mode, projection):
     # P in 32 bits and W dense in one of the layers' formats would hide nothing: all is quantized here
     model = get_peft_model(
         tiny_llama(),
-        loqt_config(update_interval=2, full_rank_modules="all", update_mode=update_mode),
+        loqt_config(update_interval=2, full_rank_modules="all", update_mode=update_mode, projection=projection),
     )
     gradients = {}
 

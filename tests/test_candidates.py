@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from unittest import mock
 
 import pytest
@@ -30,7 +31,7 @@ from benchmarks.pretraining.candidates import (
 from benchmarks.pretraining.settings import SIZES, Variant, key_of, make_spec, recipe, rest
 from loqt_peft import LoQTConfig
 from loqt_peft.layer import LoQTLayer
-from loqt_peft.projection import project
+from loqt_peft.projection import project, random_projection
 from loqt_peft.quantization import FourBitFormat
 from loqt_peft.update import begin_step, end_step
 
@@ -139,10 +140,11 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_weight_on_average(quant_t
 def test_a_mixed_projection_spans_the_leading_vectors_and_random_ones(shape, share, leading):
     torch.manual_seed(0)
     G = torch.randn(shape)
-    P = Mixed(share).project(None, G, 16, "svd", 3)
+    layer = Namespace(loqt_B={"default": None}, projection_seed=lambda adapter_name: 3)
+    P = Mixed(share).project(layer, G, 16, "svd")
     rows = P if shape[1] <= shape[0] else P.T
     torch.testing.assert_close(rows @ rows.T, torch.eye(16), atol=1e-5, rtol=0)
-    sources = [*([project(G, leading, "svd")] if leading else []), project(G, 16, "random", 3)]
+    sources = [*([project(G, leading, "svd")] if leading else []), random_projection(shape, 16, 3)]
     basis = torch.cat([X if shape[1] <= shape[0] else X.T for X in sources])
     if leading:
         torch.testing.assert_close(basis[:leading] @ rows.T @ rows, basis[:leading], atol=1e-4, rtol=0)
@@ -159,7 +161,7 @@ def test_the_running_average_is_that_of_its_definition():
         average = 0.5 * average + G
         for layer in layers:
             given = G.clone()
-            assert torch.equal(candidate.project(layer, given, 8, "svd", 0), project(average, 8, "svd"))
+            assert torch.equal(candidate.project(layer, given, 8, "svd"), project(average, 8, "svd"))
             assert torch.equal(given, G)
 
 

@@ -42,6 +42,11 @@ def train(base_dir, base, backend=None, **kwargs):
     return gradients, graphs
 
 
+def test_updates_with_random_directions_need_no_graph_of_their_own(base_dir):
+    gradients, graphs = train(base_dir, "4bit", backend="aot_eager", projection="random")
+    assert graphs == [1, 2, 2, 2, 2, 2, 2, 2, 2] and not gradients
+
+
 @pytest.mark.parametrize("base, quantize", [("dense", None), ("4bit", "nf4")])
 def test_compiled_training(base_dir, base, quantize):
     formats = {"quantize_weight": quantize, "quantize_projection": quantize}

@@ -14,6 +14,7 @@ from loqt_peft.projection import (
     orthonormalize,
     project,
     projection_shape,
+    random_projection,
 )
 from loqt_peft.quantization import DenseFormat, FourBitFormat, storage_format
 
@@ -147,13 +148,18 @@ def test_randomized_projection_leaves_the_random_state_alone_and_repeats():
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
 def test_random_projection_follows_the_seed_alone(shape):
     before = torch.get_rng_state()
-    P = project(torch.randn(shape), 5, "random", seed=3)
+    P = random_projection(shape, 5, seed=3)
     torch.set_rng_state(before)
     right = is_right(shape)
     assert torch.allclose(P @ P.T if right else P.T @ P, torch.eye(5), atol=1e-5)
-    assert torch.equal(project(torch.zeros(shape), 5, "random", seed=3), P)
+    torch.randn(3)
+    assert torch.equal(random_projection(shape, 5, seed=3), P)
+    torch.set_rng_state(before)
+    random_projection(shape, 5, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.allclose(project(torch.randn(shape), 5, "random", seed=4), P, atol=0.1)
+    assert not torch.allclose(random_projection(shape, 5, seed=4), P, atol=0.1)
+    with pytest.raises(ValueError, match="r=31"):
+        random_projection(shape, 31, seed=0)
 
 
 def test_gradient_of_low_rank_still_gives_r_directions():
@@ -187,7 +193,7 @@ def test_largest_entry_of_each_direction_is_positive(method, shape):
     # with the signs that a decomposition happens to give, NF4, which is not symmetric, would round another P
     G = torch.randn(shape)
     for gradient in (G, -G):
-        P = project(gradient, 12, method)
+        P = random_projection(shape, 12, seed=0) if method == "random" else project(gradient, 12, method)
         directions = P if is_right(shape) else P.T
         assert (directions.amax(dim=1) >= -directions.amin(dim=1)).all()
 

@@ -77,6 +77,9 @@ def simulated(config, **options):
         (QWEN2, {"rank": 32, "gradient_accumulation_steps": 4, "double_quant": True}),
         (QWEN2, {"rank": 16, "method": "qlora", "gradient_checkpointing": True}),
         (MISTRAL, {"rank": 64, "update_mode": "stagger"}),
+        (LLAMA, {"rank": 64, "projection": "random", "gradient_accumulation_steps": 2}),
+        (LLAMA, {"rank": 64, "projection": "random", "update_mode": "whole", "base": "dense"}),
+        (QWEN2, {"rank": 32, "projection": "random", "per_layer": True, "optimizer": "adamw_8bit"}),
         (WIDE, {"rank": 512, "optimizer": "adamw_8bit", "per_layer": True}),
         (WIDE, {"method": "full", "gradient_checkpointing": True}),
     ],
@@ -97,10 +100,11 @@ def test_closed_form_agrees_with_simulation(config, options, monkeypatch):
     [
         {"rank": 32},
         {"rank": 32, "per_layer": True, "gradient_checkpointing": True, "double_quant": True},
+        {"rank": 32, "projection": "random", "gradient_accumulation_steps": 2},
         {"method": "full"},
         {"method": "qlora", "rank": 16, "gradient_accumulation_steps": 2},
     ],
-    ids=["loqt", "loqt-bounded", "full", "qlora"],
+    ids=["loqt", "loqt-bounded", "loqt-random", "full", "qlora"],
 )
 def test_simulation_agrees_with_the_allocator_of_real_steps(options):
     options = MemoryOptions(dtype="float32", batch_size=4, sequence_length=64, **options)

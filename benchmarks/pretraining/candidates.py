@@ -21,7 +21,7 @@ import loqt_peft.layer
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.compensation import Compensated, compensate
 from loqt_peft.layer import LoQTLayer
-from loqt_peft.projection import expand, is_right, project
+from loqt_peft.projection import expand, is_right, project, random_projection
 from loqt_peft.quantization import BLOCKSIZE, DenseFormat, FourBitFormat
 from loqt_peft.update import active_layers, begin_step, cancel_step
 
@@ -29,9 +29,9 @@ from loqt_peft.update import active_layers, begin_step, cancel_step
 class Candidate:
     """Changes nothing; what the others override."""
 
-    def project(self, layer: LoQTLayer, gradient: torch.Tensor, r: int, method: str, seed: int) -> torch.Tensor:
+    def project(self, layer: LoQTLayer, gradient: torch.Tensor, r: int, method: str) -> torch.Tensor:
         """As [`loqt_peft.projection.project`], of a layer."""
-        return project(gradient, r, method, seed)
+        return project(gradient, r, method)
 
     def compensate(self, layer: LoQTLayer, W, P, storage, scale, steps, dtype) -> Compensated:
         """As [`loqt_peft.compensation.compensate`], of a layer."""
@@ -129,12 +129,13 @@ class Mixed(Candidate):
     def __init__(self, share: float = 0.5):
         self.share = share
 
-    def project(self, layer, gradient, r, method, seed):
+    def project(self, layer, gradient, r, method):
         leading = round(self.share * r)
-        random = super().project(layer, gradient, r, "random", seed)
+        (adapter_name,) = layer.loqt_B
+        random = random_projection(gradient.shape, r, layer.projection_seed(adapter_name), gradient.device)
         if not leading:
             return random
-        P = super().project(layer, gradient, leading, method, seed)
+        P = super().project(layer, gradient, leading, method)
         right = is_right(gradient.shape)
         both = torch.cat([P.T, random.T[:, leading:]] if right else [P, random[:, leading:]], dim=1)
         # the first columns stay as they are, but for their signs
@@ -149,11 +150,11 @@ class RunningAverage(Candidate):
         self.decay = decay
         self.averages: WeakKeyDictionary[LoQTLayer, torch.Tensor] = WeakKeyDictionary()
 
-    def project(self, layer, gradient, r, method, seed):
+    def project(self, layer, gradient, r, method):
         if layer in self.averages:
             gradient = gradient + self.averages[layer].to(gradient.device).mul_(self.decay)
         self.averages[layer] = gradient.to("cpu", copy=True)
-        return super().project(layer, gradient, r, method, seed)
+        return super().project(layer, gradient, r, method)
 
 
 class WhenItPays(Candidate):

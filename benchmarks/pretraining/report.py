@@ -213,25 +213,36 @@ def plot_memory(plan, found: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def points(updates: list[dict], name: str) -> tuple[list[int], list[float]]:
+    return [u["step"] for u in updates], [u[name] or 0.0 for u in updates]
+
+
 def plot_updates(plan, found: dict, path: Path) -> None:
-    """What each update merged, and the error that quantizing left, over the steps; nothing if there was one update only."""
+    """What each update merged beside the error that quantizing left, over the steps; nothing if there was one update only."""
     import matplotlib.pyplot as plt
 
     loqt = {v: runs for v, runs in found.items() if v.method.startswith("loqt") and len(runs[0]["updates"]) > 1}
     if not loqt:
         return
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    panels = ("merged_change", "‖sPB‖ / ‖W‖ of an update"), ("quantization_error_after", "‖W − Q − sPB‖ / ‖W‖")
-    for axes, (figure_name, label) in zip(both, panels, strict=True):
-        for variant, runs in loqt.items():
-            # nothing has been learned before update 0
-            updates = runs[0]["updates"][1:] if figure_name == "merged_change" else runs[0]["updates"]
-            axes.plot([u["step"] for u in updates], [u[figure_name] for u in updates], "o-", ms=3, label=variant.name)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for i, (variant, runs) in enumerate(loqt.items()):
+        # nothing has been learned before update 0
+        updates, colour = runs[0]["updates"][1:], f"C{i}"
+        left.plot(*points(updates, "merged_change"), "o-", ms=3, color=colour, label=f"{variant.name}: change")
+        steps, errors = points(updates, "quantization_error_after")
+        if any(errors):
+            left.plot(steps, errors, "--", color=colour, label=f"{variant.name}: quantization")
+        ratios = [u["merged_change"] / e for u, e in zip(updates, errors, strict=True) if e]
+        if len(ratios) == len(updates):
+            right.plot(steps, ratios, "o-", ms=3, color=colour, label=variant.name)
+    left.set_yscale("log")
+    left.set_ylabel("‖sPB‖ / ‖W‖ and ‖W − Q − sPB‖ / ‖W‖")
+    left.set_title(f"change of an update and quantization error, LLaMA {plan.size}, seed {plan.seeds[0]}", fontsize=10)
+    right.set_ylabel("‖sPB‖ / ‖W − Q − sPB‖")
+    right.set_title("the first over the second", fontsize=10)
+    for axes in (left, right):
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"{label} (ratio)")
         axes.legend(fontsize="small")
-    both[0].set_title(f"weight change per update, LLaMA {plan.size}, seed {plan.seeds[0]}")
-    both[1].set_title("quantization error after compensation")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -167,12 +167,12 @@ def update_records(callbacks, history: list[dict]) -> list[dict]:
         if isinstance(callback, ProjectionWatch):
             return [{"step": step} for step in callback.steps]
     entries = [entry for entry in history if "loqt/updates" in entry]
-    return [{"step": e["step"], **{name: number(e[f"loqt/{name}"]) for name in UPDATE_FIGURES}} for e in entries]
+    return [{"step": e["step"], **{name: number(e.get(f"loqt/{name}")) for name in UPDATE_FIGURES}} for e in entries]
 
 
-def number(value: float) -> float | None:
+def number(value: float | None) -> float | None:
     """JSON knows no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def tokens_per_second(history: list[dict]) -> float | None:
