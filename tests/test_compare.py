@@ -628,3 +628,76 @@ def test_tokens_per_second_are_those_of_all_steps():
     ]
     # with 10 tokens a step: 1 second for 100 tokens, and 1 second for 50
     assert training.tokens_per_second(history) == pytest.approx(150 / 2)
+
+
+###############################
+# In which directions
+###############################
+
+
+def trained_model(spec):
+    """The model of a run, and its result."""
+    trained = {}
+
+    class Keep(training.ByteCounter):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            super().on_train_end(args, state, control, model=model, **kwargs)
+            trained["model"] = model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "ByteCounter", Keep)
+        found = run_tiny(spec)
+    return trained["model"], found
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_effective_weights_are_those_that_the_model_computes_with(method):
+    model, found = trained_model(tiny_spec(BY_METHOD[method], lr=0.01))
+    weights = training.effective_weights(model)
+    assert set(weights) == set(methods.targeted_modules(tiny_model()))
+    dense, others = tiny_model(), {n.removeprefix("base_model.model."): p for n, p in model.named_parameters()}
+    for name, parameter in dense.named_parameters():
+        layer = name.removesuffix(".weight")
+        parameter.data.copy_(weights[layer] if layer in weights else others[name])
+    batch = tokens(4)
+    torch.testing.assert_close(dense(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+    start = training.effective_weights(tiny_model())
+    changes = [weights[name] - start[name] for name in weights]
+    expected = sum(map(training.effective_rank, changes)) / len(changes)
+    assert found["ranks"]["change"] == pytest.approx(expected, rel=1e-4)
+    assert 0 < found["ranks"]["change"] < found["ranks"]["before"] < 1
+
+
+def test_effective_rank_counts_equal_singular_values():
+    basis = torch.linalg.qr(torch.randn(12, 8, generator=torch.Generator().manual_seed(0))).Q
+    for count in (1, 5, 8):
+        assert training.effective_rank(3 * basis[:, :count] @ basis[:8, :count].T) <= (count + 1e-3) / 8
+        equal = torch.zeros(12, 8)
+        equal[range(count), range(count)] = 7.0
+        assert training.effective_rank(equal) == pytest.approx(count / 8)
+    assert training.effective_rank(torch.zeros(3, 4)) == 0
+
+
+@pytest.mark.parametrize("projection", ["svd", "random"])
+def test_overlaps_are_those_of_the_subspaces_of_successive_updates(projection):
+    projections = []
+
+    class Watch(training.StopAtDivergence):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            layers = [layer for _, layer in loqt_layers(model)]
+            if layers[0].num_updates("default") > len(projections):
+                projections.append([layer.projection("default").double() for layer in layers])
+
+    fields = {"projection": projection, "update_interval": 2, "interval_schedule": "constant"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "StopAtDivergence", Watch)
+        found = run_tiny(tiny_spec(Variant("", "loqt", fields), steps=7))
+    assert len(projections) == 4 and len(found["overlaps"]) == 3
+    for old, new, overlap in zip(projections, projections[1:], found["overlaps"], strict=False):
+        shares = []
+        for P, Q in zip(old, new, strict=True):
+            rows = [X if X.shape[0] == 8 else X.T for X in (P, Q)]
+            bases = [torch.linalg.qr(X.T).Q for X in rows]
+            shares.append(float((bases[0].T @ bases[1]).square().sum()) / 8)
+        assert overlap == pytest.approx(sum(shares) / len(shares), rel=1e-3)
+    assert not training.Directions(tiny_model()).overlaps

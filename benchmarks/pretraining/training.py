@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+import re
+import statistics
 import sys
 import tempfile
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
@@ -21,11 +24,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from benchmarks.common import Blocks, llama, machine, pretraining_arguments, versions
 from benchmarks.pretraining.methods import ProjectionWatch, prepare
 from benchmarks.pretraining.relora import ReLoRACallback
+from loqt_peft.layer import LoQTLayer
+from loqt_peft.projection import orthonormalize, restrict, squared_norm
 from loqt_peft.update import loqt_layers
 
 
 CURVE_POINTS = 20
 CURVE_BLOCKS, FINAL_BLOCKS = 256, 1024
+# inside of an adapter's layer
+LAYER_PARTS = re.compile(r"\.(base_layer|lora_\w+)\b")
 UPDATE_FIGURES = (
     "merged_change",
     "quantization_error_before",
@@ -89,6 +96,73 @@ class ByteCounter(TrainerCallback):
         self.bytes["weights"] = count_bytes([*(p for p in model.parameters() if id(p) not in ids), *model.buffers()])
         self.bytes["optimizer"] = count_bytes(tensors_in(dict(enumerate(optimizer.state.values()))))
         self.bytes["host"] = count_bytes(aside)
+
+
+class Directions(TrainerCallback):
+    """In which directions a method changes the weights.
+
+    Attributes:
+        overlaps (`list[float]`):
+            Of each update of LoQT but the first: ‖Q_new Q_oldᵀ‖² / r, with orthonormal bases Q of the old and the new P, on
+            average over the layers. 1: the same subspace; r/n: as much as of two random ones in n dimensions.
+        ranks (`dict[str, float]`):
+            The effective rank (Σσ²)² / Σσ⁴ of what training added to a targeted weight, and of the weight before, as shares of
+            the smaller side, on average over the layers.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.overlaps: list[float] = []
+        self.ranks: dict[str, float] = {}
+        self._start = {name: w.clone() for name, w in effective_weights(model).items()}
+        self._bases: dict[str, torch.Tensor] = {}
+        self._updates = 0
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        layers = list(loqt_layers(model))
+        updates = layers[0][1].num_updates("default") if layers else 0
+        if updates == self._updates:
+            return
+        self._updates = updates
+        bases = {name: orthonormalize(layer.projection("default"), layer.right)[0] for name, layer in layers}
+        if self._bases:
+            shares = []
+            for name, layer in layers:
+                inner = (
+                    restrict(bases[name], self._bases[name], True)
+                    if layer.right
+                    else bases[name].T @ self._bases[name]
+                )
+                shares.append(float(squared_norm(inner)) / min(inner.shape))
+            self.overlaps.append(statistics.mean(shares))
+        self._bases = bases
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        end = effective_weights(model)
+        changes = {name: weight - self._start[name] for name, weight in end.items()}
+        for what, weights in (("before", self._start), ("change", changes)):
+            self.ranks[what] = statistics.mean(map(effective_rank, weights.values()))
+
+
+@torch.no_grad()
+def effective_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the linear layers of the blocks, as they are multiplied with: adapters merged, float32 `[out, in]`."""
+    found = {}
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")
+        if isinstance(module, LoQTLayer):
+            found[name] = module.effective_weight("default")
+        elif isinstance(module, LoraLayer):
+            found[name] = module.get_base_layer().weight.float() + module.get_delta_weight("default").float()
+        elif isinstance(module, nn.Linear) and ".layers." in name and not LAYER_PARTS.search(name):
+            found[name] = module.weight.float()
+    return found
+
+
+def effective_rank(matrix: torch.Tensor) -> float:
+    """(Σσ²)² / Σσ⁴, as a share of the smaller side; 0 of a matrix of zeros."""
+    squares = torch.linalg.svdvals(matrix).square()
+    total = float(squares.sum())
+    return total**2 / float(squares.square().sum()) / len(squares) if total else 0.0
 
 
 class BatchHash:
@@ -209,7 +283,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         seed=spec["seed"],
     ).to(getattr(torch, spec["dtype"]))
     prepared = prepare(spec, model)
-    counter = ByteCounter()
+    counter, directions = ByteCounter(), Directions(prepared.model)
     order = batch_order(len(training), spec["steps"] * spec["batch"], spec["seed"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(spec, folder, prepared.arguments)
@@ -218,7 +292,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
             args=arguments,
             train_dataset=Subset(Blocks(training), order.tolist()),
             eval_dataset=Blocks(validation[:CURVE_BLOCKS]),
-            callbacks=[*prepared.callbacks, counter, StopAtDivergence()],
+            callbacks=[*prepared.callbacks, counter, directions, StopAtDivergence()],
             optimizers=(prepared.candidate.optimizer(prepared.model, arguments), None),
         )
         for printing in (PrinterCallback, ProgressCallback):
@@ -245,6 +319,8 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         "steps": trainer.state.global_step,
         "curve": [[entry["step"], number(entry["eval_loss"])] for entry in history if "eval_loss" in entry],
         "updates": update_records(prepared.callbacks, history),
+        "overlaps": directions.overlaps,
+        "ranks": {name: number(share) for name, share in directions.ranks.items()},
         "bytes": counter.bytes,
         "tokens_per_second": tokens_per_second(history),
         "seconds": seconds,
