@@ -363,10 +363,13 @@ def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, caps
     options += ["--text", str(path), "--results", str(tmp_path / "out" / "runs.jsonl")]
     assert compare.main(options) == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    stem = "methods-tiny-4"
+    stem = f"methods-{path.stem}-tiny-4"
     assert {f"{stem}.md", f"{stem}-loss.png", f"{stem}-memory.png"} <= names
     assert len(answers) == 4
     assert (tmp_path / "out" / f"{stem}.md").read_text() in capsys.readouterr().out
+    shares = [run["ranks"]["change"] for run in answers if run["spec"]["method"] == "loqt"]
+    mean, error = report.mean_and_error(shares)
+    assert f"| LoQT | {mean:.3f} ± {error:.3f} |  |" in (tmp_path / "out" / f"{stem}.md").read_text()
 
     # from another text, other runs
     path.write_text(path.read_text().replace("film", "book"))
@@ -374,6 +377,12 @@ def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, caps
     assert len(answers) == 8
     assert compare.main([*options, "--report"]) == 0
     assert len(answers) == 8
+
+
+def test_texts_are_told_apart_by_name(tmp_path):
+    (tmp_path / "a book.txt").touch()
+    labels = [text.label(*pair) for pair in ((None, None), (str(tmp_path / "a book.txt"), None), ("allenai/c4", "en"))]
+    assert labels == ["", "a-book", "allenai-c4-en"]
 
 
 def test_text_that_is_missing_or_short(tmp_path):

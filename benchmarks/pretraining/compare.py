@@ -74,6 +74,7 @@ class Plan:
         rates (`tuple[float]`, *optional*): Instead of every variant's own grid.
         size (`str`): The size's name.
         steps (`int`): Of each run.
+        text (`str`): What it is called in tables and names of files; empty for the reviews.
     """
 
     study: str
@@ -83,6 +84,7 @@ class Plan:
     rates: tuple[float, ...] | None = None
     size: str = ""
     steps: int = 0
+    text: str = ""
 
     def grid(self, variant: Variant) -> list[dict]:
         """The runs that decide on the learning rate of a variant."""
@@ -270,6 +272,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def make_plans(options: argparse.Namespace, fingerprint: str) -> list[Plan]:
     """The studies asked for, as plans."""
     size = SIZES[options.size]
+    label = text.label(options.text, options.text_config)
     plans = []
     for study in options.studies:
         steps = options.steps or size.steps * (LONG if study == "long" else 1)
@@ -287,7 +290,7 @@ def make_plans(options: argparse.Namespace, fingerprint: str) -> list[Plan]:
         if options.methods:
             variants = [variant for variant in variants if variant.method in options.methods]
         rates = tuple(options.lrs) if options.lrs else None
-        plans.append(Plan(study, variants, spec, options.seeds, rates, options.size, steps))
+        plans.append(Plan(study, variants, spec, options.seeds, rates, options.size, steps, label))
     return plans
 
 

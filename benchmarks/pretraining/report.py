@@ -104,6 +104,20 @@ def grid_rows(plan, done: dict[str, dict]) -> list[tuple]:
     return rows
 
 
+def direction_rows(plan, done: dict[str, dict]) -> list[tuple]:
+    rows = []
+    for variant in plan.variants:
+        # the first results were taken without
+        runs = [run for run in runs_of(plan, variant, done) if run.get("ranks")]
+        if runs:
+            overlaps = [overlap for run in runs for overlap in run["overlaps"]]
+            shares = [run["ranks"]["change"] for run in runs]
+            rows.append(
+                (variant.name, with_error(shares, ".3f"), f"{statistics.mean(overlaps):.3f}" if overlaps else "")
+            )
+    return rows
+
+
 def provenance(runs: list[dict]) -> str:
     """The machines and versions of the runs, which need not be those that write the report."""
     lines = set()
@@ -126,14 +140,23 @@ def table(plan, done: dict[str, dict]) -> str:
     model = spec["model"]
     text = [
         f"# {plan.study.replace('_', ' ')}\n",
-        f"LLaMA {plan.size}: hidden {model['hidden']}, {model['layers']} layers, vocabulary {model['vocabulary']}; "
-        f"{plan.steps:,} steps of {spec['batch']} x {model['length']} tokens ({runs[0]['epochs']:.2g} epochs), "
+        f"Text: {plan.text or 'IMDB reviews'}. LLaMA {plan.size}: hidden {model['hidden']}, {model['layers']} layers, "
+        f"vocabulary {model['vocabulary']}; {plan.steps:,} steps of {spec['batch']} x {model['length']} tokens "
+        f"({runs[0]['epochs']:.2g} epochs), "
         f"{spec['dtype']}, seeds {', '.join(map(str, plan.seeds))}. Mean ± standard error of the mean over the seeds. Loss "
         "in nats a token, memory in bytes, counted from the tensors of the trained model. The host's bytes are the "
         "original base weights, which LoQT sets aside (`retain_base`). Updates are LoQT's, ReLoRA's restarts, GaLore's "
         "and APOLLO's new projections. tokens/s depends on what ran beside it.\n",
         markdown_table(HEADER, rows),
     ]
+    directions = direction_rows(plan, done)
+    if directions:
+        text += [
+            "Directions of the change of the targeted weights: its effective rank (Σσ²)² / Σσ⁴ as a share of the smaller "
+            "side, and the overlap ‖Q_new Q_oldᵀ‖² / r of the subspaces of successive updates (1: the same; of random ones on "
+            "average r/n); means over layers, updates and seeds.\n",
+            markdown_table(("", "effective rank of the change", "overlap"), directions),
+        ]
     grid = grid_rows(plan, done)
     if grid:
         text += [
@@ -257,7 +280,7 @@ def write_report(plan, done: dict[str, dict], folder: Path) -> str:
 
     matplotlib.use("Agg")
     text = table(plan, done)
-    name = f"{plan.study}-{plan.size}-{plan.steps}"
+    name = "-".join(filter(None, (plan.study, plan.text, plan.size, str(plan.steps))))
     found = {v: runs for v in plan.variants if (runs := runs_of(plan, v, done))}
     try:
         folder.mkdir(parents=True, exist_ok=True)

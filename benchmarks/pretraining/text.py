@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -48,6 +49,14 @@ def documents(source: str | None, config: str | None, limit: int | None) -> tupl
         return training, validation
     texts = records(source, path, config, limit)
     return [text for i, text in enumerate(texts) if i % 20 != 19], texts[19::20]
+
+
+def label(source: str | None, config: str | None) -> str:
+    """What a text is called in tables and names of files; empty for the default."""
+    if source is None:
+        return ""
+    name = Path(source).stem if Path(source).is_file() else source
+    return re.sub(r"[^\w.]+", "-", "-".join(filter(None, (name, config))))
 
 
 def records(source: str, path: Path, config: str | None, limit: int | None) -> list[str]:
