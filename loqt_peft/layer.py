@@ -581,8 +581,9 @@ class LoQTLayer(BaseTunerLayer):
 
     @property
     def is_finite(self) -> torch.Tensor | None:
-        """Whether what was recorded is finite, or, where no gradient is needed, B: a 0-d tensor; `None` if nothing was."""
-        if not self._records:
+        """Whether what an update is made of is finite, the gradient or, where none is needed, B: a 0-d tensor; `None` if there
+        is nothing yet."""
+        if self.update_due and not self._records:
             return torch.isfinite(self.loqt_B[self._updated_adapter].detach().sum(dtype=torch.float32))
         if self._projected is not None:
             return self._projected.finite
