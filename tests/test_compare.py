@@ -52,6 +52,21 @@ def run_tiny(spec, blocks=40):
     return training.run(spec, tokens(blocks), tokens(16, seed=1))
 
 
+def trained_model(spec):
+    """The model of a run, and its result."""
+    trained = {}
+
+    class Keep(training.ByteCounter):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            super().on_train_end(args, state, control, model=model, **kwargs)
+            trained["model"] = model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "ByteCounter", Keep)
+        found = run_tiny(spec)
+    return trained["model"], found
+
+
 def made_up(spec, loss=None, diverged=False):
     """A result, without training: the loss is a function of the spec."""
     loss = len(key_of(spec)) + int(key_of(spec), 16) % 1000 / 1000 if loss is None else loss
@@ -444,22 +459,13 @@ def test_every_method_trains_the_layers_and_all_else(method):
 def test_p_is_taken_from_the_last_micro_batches():
     variant = Variant("last", "loqt-nq", {"r": 4}, micro_batches=2, projection_micro_batches=1)
     spec = tiny_spec(variant, steps=1)
-    trained = {}
-
-    class Keep(training.ByteCounter):
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            super().on_train_end(args, state, control, model=model, **kwargs)
-            trained["model"] = model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "ByteCounter", Keep)
-        run_tiny(spec)
+    trained, _ = trained_model(spec)
     blocks = tokens(40)[training.batch_order(40, 4, seed=0)]
     energies = {}
     for part, batch in {"last": blocks[2:], "first": blocks[:2], "all": blocks}.items():
         model = tiny_model()
         model(input_ids=batch, labels=batch).loss.backward()
-        layer = dict(loqt_layers(trained["model"]))["base_model.model.model.layers.0.self_attn.q_proj"]
+        layer = dict(loqt_layers(trained))["base_model.model.model.layers.0.self_attn.q_proj"]
         G = model.model.layers[0].self_attn.q_proj.weight.grad
         P = layer.loqt_P["default"]
         assert P.shape == (4, 32)
@@ -644,33 +650,19 @@ def test_tokens_per_second_are_those_of_all_steps():
 ###############################
 
 
-def trained_model(spec):
-    """The model of a run, and its result."""
-    trained = {}
-
-    class Keep(training.ByteCounter):
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            super().on_train_end(args, state, control, model=model, **kwargs)
-            trained["model"] = model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "ByteCounter", Keep)
-        found = run_tiny(spec)
-    return trained["model"], found
-
-
 @pytest.mark.parametrize("method", NAMES)
 def test_effective_weights_are_those_that_the_model_computes_with(method):
     model, found = trained_model(tiny_spec(BY_METHOD[method], lr=0.01))
-    weights = training.effective_weights(model)
-    assert set(weights) == set(methods.targeted_modules(tiny_model()))
+    names = methods.targeted_modules(tiny_model())
+    weights = training.effective_weights(model, names)
+    assert set(weights) == set(names)
     dense, others = tiny_model(), {n.removeprefix("base_model.model."): p for n, p in model.named_parameters()}
     for name, parameter in dense.named_parameters():
         layer = name.removesuffix(".weight")
         parameter.data.copy_(weights[layer] if layer in weights else others[name])
     batch = tokens(4)
     torch.testing.assert_close(dense(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
-    start = training.effective_weights(tiny_model())
+    start = training.effective_weights(tiny_model(), names)
     changes = [weights[name] - start[name] for name in weights]
     expected = sum(map(training.effective_rank, changes)) / len(changes)
     assert found["ranks"]["change"] == pytest.approx(expected, rel=1e-4)
@@ -709,4 +701,4 @@ def test_overlaps_are_those_of_the_subspaces_of_successive_updates(projection):
             bases = [torch.linalg.qr(X.T).Q for X in rows]
             shares.append(float((bases[0].T @ bases[1]).square().sum()) / 8)
         assert overlap == pytest.approx(sum(shares) / len(shares), rel=1e-3)
-    assert not training.Directions(tiny_model()).overlaps
+    assert not training.Directions(tiny_model(), []).overlaps

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.common import Blocks, llama, machine, pretraining_arguments, versions
-from benchmarks.pretraining.methods import ProjectionWatch, prepare
+from benchmarks.pretraining.methods import ProjectionWatch, prepare, targeted_modules
 from benchmarks.pretraining.relora import ReLoRACallback
 from loqt_peft.layer import LoQTLayer
 from loqt_peft.projection import orthonormalize, restrict, squared_norm
@@ -31,8 +31,6 @@ from loqt_peft.update import loqt_layers
 
 CURVE_POINTS = 20
 CURVE_BLOCKS, FINAL_BLOCKS = 256, 1024
-# inside of an adapter's layer
-LAYER_PARTS = re.compile(r"\.(base_layer|lora_\w+)\b")
 UPDATE_FIGURES = (
     "merged_change",
     "quantization_error_before",
@@ -99,7 +97,7 @@ class ByteCounter(TrainerCallback):
 
 
 class Directions(TrainerCallback):
-    """In which directions a method changes the weights.
+    """In which directions a method changes the weights of the linear layers `names`.
 
     Attributes:
         overlaps (`list[float]`):
@@ -110,50 +108,47 @@ class Directions(TrainerCallback):
             the smaller side, on average over the layers.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, names: list[str]):
         self.overlaps: list[float] = []
         self.ranks: dict[str, float] = {}
-        self._start = {name: w.clone() for name, w in effective_weights(model).items()}
+        self._names = names
+        self._start = {name: w.clone() for name, w in effective_weights(model, names).items()}
+        self._layers = list(loqt_layers(model))
         self._bases: dict[str, torch.Tensor] = {}
         self._updates = 0
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        layers = list(loqt_layers(model))
-        updates = layers[0][1].num_updates("default") if layers else 0
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        updates = self._layers[0][1].num_updates("default") if self._layers else 0
         if updates == self._updates:
             return
         self._updates = updates
-        bases = {name: orthonormalize(layer.projection("default"), layer.right)[0] for name, layer in layers}
-        if self._bases:
-            shares = []
-            for name, layer in layers:
-                inner = (
-                    restrict(bases[name], self._bases[name], True)
-                    if layer.right
-                    else bases[name].T @ self._bases[name]
-                )
-                shares.append(float(squared_norm(inner)) / min(inner.shape))
-            self.overlaps.append(statistics.mean(shares))
-        self._bases = bases
+        old, self._bases = (
+            self._bases,
+            {name: orthonormalize(layer.projection("default"), layer.right)[0] for name, layer in self._layers},
+        )
+        if old:
+            inner = [restrict(self._bases[name], old[name], layer.right) for name, layer in self._layers]
+            self.overlaps.append(statistics.mean(float(squared_norm(matrix)) / len(matrix) for matrix in inner))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        end = effective_weights(model)
+        end = effective_weights(model, self._names)
         changes = {name: weight - self._start[name] for name, weight in end.items()}
         for what, weights in (("before", self._start), ("change", changes)):
             self.ranks[what] = statistics.mean(map(effective_rank, weights.values()))
 
 
 @torch.no_grad()
-def effective_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers of the blocks, as they are multiplied with: adapters merged, float32 `[out, in]`."""
+def effective_weights(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """The weights of the linear layers `names`, as they are multiplied with: adapters merged, float32 `[out, in]`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {}
-    for name, module in model.named_modules():
-        name = name.removeprefix("base_model.model.")
+    for name in names:
+        module = base.get_submodule(name)
         if isinstance(module, LoQTLayer):
             found[name] = module.effective_weight("default")
         elif isinstance(module, LoraLayer):
             found[name] = module.get_base_layer().weight.float() + module.get_delta_weight("default").float()
-        elif isinstance(module, nn.Linear) and ".layers." in name and not LAYER_PARTS.search(name):
+        else:
             found[name] = module.weight.float()
     return found
 
@@ -282,8 +277,9 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         positions=sizes["length"],
         seed=spec["seed"],
     ).to(getattr(torch, spec["dtype"]))
+    names = targeted_modules(model)
     prepared = prepare(spec, model)
-    counter, directions = ByteCounter(), Directions(prepared.model)
+    counter, directions = ByteCounter(), Directions(prepared.model, names)
     order = batch_order(len(training), spec["steps"] * spec["batch"], spec["seed"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(spec, folder, prepared.arguments)
