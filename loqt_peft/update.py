@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .layer import LoQTLayer, Switch
+from .layer import LoQTLayer, Projected, Switch
 from .schedule import staggered_offsets
 
 
@@ -210,12 +210,13 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     num_updates = layers[0][1].num_updates(adapter_name)
     _record_updates(model, adapter_name, num_updates)
     change, weight, before, after, captured, gradient = (sum(column) for column in zip(*by_layer, strict=True))
+    energy = captured / gradient if gradient else 0.0
     return LoQTUpdate(
         num_updates=num_updates,
         merged_change=(change / weight) ** 0.5 if weight else 0.0,
         quantization_error_before=(before / weight) ** 0.5 if weight else 0.0,
         quantization_error_after=(after / weight) ** 0.5 if weight else 0.0,
-        gradient_energy=None if not needs_gradient else captured / gradient if gradient else 0.0,
+        gradient_energy=energy if needs_gradient else None,
         seconds=time.perf_counter() - start,
     )
 
@@ -255,33 +256,34 @@ def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
     """
     device = layer.loqt_P[adapter_name].device
     gradient, projected = layer.stop_capture()
-    draws = not layer.needs_gradient(adapter_name)
     if gradient is not None:
         gradient = gradient.to(device, non_blocking=True)
     if not _is_distributed():
-        if draws:
-            projected = layer.draw_projection(adapter_name)
-        elif gradient is not None:
-            projected = layer.project_gradient(adapter_name, gradient)
-        return layer.compute_switch(adapter_name, projected)
+        return layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
 
     owner = index % dist.get_world_size()
-    if not draws:
+    if layer.needs_gradient(adapter_name):
         if gradient is None:
             gradient = torch.zeros(layer.shape, device=device)
         dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
+        gradient.div_(dist.get_world_size())
     if dist.get_rank() == owner:
-        if draws:
-            projected = layer.draw_projection(adapter_name)
-        else:
-            projected = layer.project_gradient(adapter_name, gradient.div_(dist.get_world_size()))
-        switch = layer.compute_switch(adapter_name, projected)
+        switch = layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
     else:
         switch = layer.empty_switch(adapter_name)
     switch = Switch(*(tensor.contiguous() for tensor in switch))
     for tensor in switch:
         dist.broadcast(tensor, src=owner)
     return switch
+
+
+def _project(
+    layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor | None, projected: Projected | None
+) -> Projected:
+    """The layer's new projection: drawn, of this gradient, or the one that the backward pass has left."""
+    if not layer.needs_gradient(adapter_name):
+        return layer.draw_projection(adapter_name)
+    return projected if gradient is None else layer.project_gradient(adapter_name, gradient)
 
 
 def _treat_optimizer_state(
