@@ -173,6 +173,10 @@ LOQT = Variant("LoQT", "loqt", search=True)
 METHODS = [LOQT if method == "loqt" else Variant(name, method, search=True) for method, name in NAMES.items()]
 
 
+def named(variants: list[Variant], name: str) -> Variant:
+    return next(variant for variant in variants if variant.name == name)
+
+
 def methods(size: Size, device_bytes) -> list[Variant]:
     return METHODS
 
@@ -242,7 +246,7 @@ def micro_batches(size: Size, device_bytes) -> list[Variant]:
 
 def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's."""
-    galore = next(variant for variant in METHODS if variant.method == "galore")
+    galore = named(METHODS, NAMES["galore"])
 
     def eight_bit(r: int, **kwargs) -> Variant:
         return Variant(f"LoQT, 8-bit moments, r = {r}", "loqt", {"r": r}, optim="adamw_bnb_8bit", **kwargs)
@@ -285,6 +289,11 @@ def recipe(size: Size, device_bytes) -> list[Variant]:
         loqt("Muon for B", "muon"),
         eight_bit,
         replace(eight_bit, name=f"{eight_bit.name}, random P", fields=wide | random),
+        replace(
+            eight_bit,
+            name=f"{eight_bit.name}, random P, gap 250",
+            fields={**wide, **random, **constant, "update_interval": 250},
+        ),
     ]
 
 
@@ -298,23 +307,18 @@ def rest(size: Size, device_bytes) -> list[Variant]:
         name = f"{variant.name}, the rest at {factor:g} times the rate"
         return replace(variant, name=name, candidate={"name": "rate_of_the_rest", "factor": factor})
 
-    full = next(variant for variant in METHODS if variant.method == "full")
-    random = next(variant for variant in recipe(size, device_bytes) if variant.name == "random P, gap 250")
+    full, random = named(METHODS, NAMES["full"]), named(recipe(size, device_bytes), "random P, gap 250")
     # the blocks' own best rate falls as the rest's rises
     low = replace(full, rates=(0.0005, 0.001, 0.002, 0.003))
-    return [full, at(3.0, low), at(5.0, low), LOQT, at(0.3, LOQT), random, at(0.3, random)]
+    rows = [full, *(at(factor, low) for factor in (3.0, 5.0, 10.0))]
+    return [*rows, LOQT, at(0.3, LOQT), random, at(0.3, random)]
 
 
 def long(size: Size, device_bytes) -> list[Variant]:
-    """Whether a quantized model stops learning early. Long runs want lower rates, and few of them can be tried."""
-    full, nq = (next(variant for variant in METHODS if variant.method == method) for method in ("full", "loqt-nq"))
-    random = next(variant for variant in recipe(size, device_bytes) if variant.name == "random P, gap 250")
-    return [
-        replace(full, rates=(0.001, 0.002)),
-        replace(nq, rates=(0.002, 0.005)),
-        replace(LOQT, rates=(0.002, 0.005)),
-        replace(random, rates=(0.005, 0.01)),
-    ]
+    """Whether a quantized model stops learning early. Long runs are too dear for grids: the best rates of the short ones."""
+    full = named(rest(size, device_bytes), "full-rank AdamW, the rest at 5 times the rate")
+    nq, random = named(METHODS, NAMES["loqt-nq"]), named(recipe(size, device_bytes), "random P, gap 250")
+    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, random))]
 
 
 STUDIES = {
