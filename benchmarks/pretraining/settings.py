@@ -311,7 +311,13 @@ def rest(size: Size, device_bytes) -> list[Variant]:
     # the blocks' own best rate falls as the rest's rises
     low = replace(full, rates=(0.0005, 0.001, 0.002, 0.003))
     rows = [full, *(at(factor, low) for factor in (3.0, 5.0, 10.0))]
-    return [*rows, LOQT, at(0.3, LOQT), random, at(0.3, random)]
+    return [
+        *rows,
+        LOQT,
+        *(at(factor, LOQT) for factor in (0.3, 3.0)),
+        random,
+        *(at(factor, random) for factor in (0.3, 3.0)),
+    ]
 
 
 def long(size: Size, device_bytes) -> list[Variant]:
