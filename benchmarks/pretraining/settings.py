@@ -215,8 +215,12 @@ def rank(size: Size, device_bytes) -> list[Variant]:
     return [Variant(f"r = {r}", "loqt", {"r": r}, search=True) for r in ranks]
 
 
+# s times the rate is what moves W, the rate alone what moves everything else
+SCALES = {0.125: (0.02, 0.04, 0.08), 0.25: (0.01, 0.02, 0.04), 0.5: LEARNING_RATES["loqt"], 1.0: (0.003, 0.005, 0.01)}
+
+
 def scale(size: Size, device_bytes) -> list[Variant]:
-    return [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True) for s in (0.125, 0.25, 0.5, 1.0)]
+    return [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True, rates=rates) for s, rates in SCALES.items()]
 
 
 def projection(size: Size, device_bytes) -> list[Variant]:
@@ -280,6 +284,13 @@ def recipe(size: Size, device_bytes) -> list[Variant]:
         loqt("random P", **random),
         loqt("random P, gap 250", update_interval=250, **constant, **random),
         loqt("random P, gap 500", update_interval=500, **constant, **random),
+        *(
+            replace(
+                loqt(f"random P, gap 250, s = {s:g}", loqt_alpha=s, update_interval=250, **constant, **random),
+                rates=SCALES[s],
+            )
+            for s in (0.125, 0.25)
+        ),
         loqt("half of P random", "mixed", {"share": 0.5}),
         loqt("P of a running average", "running_average", {"decay": 0.9}),
         loqt("moments rotated", optimizer_state="rotate"),
