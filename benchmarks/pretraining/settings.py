@@ -170,6 +170,12 @@ def key_of(spec: dict) -> str:
 ###############################
 
 LOQT = Variant("LoQT", "loqt", search=True)
+RANDOM = Variant(
+    "random P, gap 250",
+    "loqt",
+    {"projection": "random", "interval_schedule": "constant", "update_interval": 250},
+    search=True,
+)
 METHODS = [LOQT if method == "loqt" else Variant(name, method, search=True) for method, name in NAMES.items()]
 
 
@@ -248,49 +254,52 @@ def micro_batches(size: Size, device_bytes) -> list[Variant]:
     ]
 
 
-def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
-    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's."""
-    galore = named(METHODS, NAMES["galore"])
-
-    def eight_bit(r: int, **kwargs) -> Variant:
-        return Variant(f"LoQT, 8-bit moments, r = {r}", "loqt", {"r": r}, optim="adamw_bnb_8bit", **kwargs)
-
-    limit = device_bytes(galore)
-    # in steps of hidden / 16: a finer search changes nothing that a table could show
+def widest(variant: Callable[[int], Variant], size: Size, device_bytes: Callable[[Variant], int], limit: int) -> int:
+    """The largest rank with which a variant needs no more than `limit` bytes on the device, in steps of hidden / 16."""
+    # a finer search changes nothing that a table could show
     unit = max(1, size.hidden // 16)
     low, high = 1, size.hidden // unit
     while low < high:
         middle = (low + high + 1) // 2
-        if device_bytes(eight_bit(middle * unit)) <= limit:
+        if device_bytes(variant(middle * unit)) <= limit:
             low = middle
         else:
             high = middle - 1
-    return [galore, LOQT, eight_bit(size.rank), eight_bit(low * unit, search=True)]
+    return low * unit
 
 
-def recipe(size: Size, device_bytes) -> list[Variant]:
+def eight_bit(r: int, base: Variant = LOQT) -> Variant:
+    """LoQT with another rank and 8-bit moments."""
+    fields = {**base.fields, "r": r}
+    return replace(base, name=f"{base.name}, 8-bit moments, r = {r}", fields=fields, optim="adamw_bnb_8bit")
+
+
+def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
+    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's."""
+    galore = named(METHODS, NAMES["galore"])
+    wide = widest(eight_bit, size, device_bytes, device_bytes(galore))
+    return [galore, LOQT, replace(eight_bit(size.rank), search=False), eight_bit(wide)]
+
+
+def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """What might beat the paper's recipe at no more bytes on the device."""
 
     def loqt(name: str, candidate: str | None = None, arguments: dict | None = None, **fields) -> Variant:
         description = {"name": candidate, **(arguments or {})} if candidate else None
         return Variant(name, "loqt", fields, search=True, candidate=description)
 
-    random = {"projection": "random"}
+    def scaled(variant: Variant, s: float) -> Variant:
+        fields = {**variant.fields, "loqt_alpha": s}
+        return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=SCALES[s])
+
     constant = {"interval_schedule": "constant"}
-    wide = {"r": min(2 * size.rank, size.hidden)}
-    eight_bit = Variant(f"8-bit moments, r = {wide['r']}", "loqt", wide, search=True, optim="adamw_bnb_8bit")
+    r = widest(eight_bit, size, device_bytes, device_bytes(LOQT))
     return [
         LOQT,
-        loqt("random P", **random),
-        loqt("random P, gap 250", update_interval=250, **constant, **random),
-        loqt("random P, gap 500", update_interval=500, **constant, **random),
-        *(
-            replace(
-                loqt(f"random P, gap 250, s = {s:g}", loqt_alpha=s, update_interval=250, **constant, **random),
-                rates=SCALES[s],
-            )
-            for s in (0.125, 0.25)
-        ),
+        loqt("random P", projection="random"),
+        RANDOM,
+        loqt("random P, gap 500", projection="random", update_interval=500, **constant),
+        *(scaled(RANDOM, s) for s in (0.125, 0.25)),
         loqt("half of P random", "mixed", {"share": 0.5}),
         loqt("P of a running average", "running_average", {"decay": 0.9}),
         loqt("moments rotated", optimizer_state="rotate"),
@@ -298,13 +307,9 @@ def recipe(size: Size, device_bytes) -> list[Variant]:
         loqt("stochastic rounding", "stochastic_rounding"),
         loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
         loqt("Muon for B", "muon"),
-        eight_bit,
-        replace(eight_bit, name=f"{eight_bit.name}, random P", fields=wide | random),
-        replace(
-            eight_bit,
-            name=f"{eight_bit.name}, random P, gap 250",
-            fields={**wide, **random, **constant, "update_interval": 250},
-        ),
+        eight_bit(r),
+        eight_bit(r, RANDOM),
+        scaled(eight_bit(r, RANDOM), 0.25),
     ]
 
 
@@ -314,28 +319,23 @@ def rest(size: Size, device_bytes) -> list[Variant]:
     LoQT's best rates are higher than full-rank AdamW's, and one rate is for all: some of the distance may come from there.
     """
 
-    def at(factor: float, variant: Variant) -> Variant:
+    def at(factor: float, variant: Variant, rates: tuple[float, ...] | None = None) -> Variant:
         name = f"{variant.name}, the rest at {factor:g} times the rate"
-        return replace(variant, name=name, candidate={"name": "rate_of_the_rest", "factor": factor})
+        return replace(variant, name=name, rates=rates, candidate={"name": "rate_of_the_rest", "factor": factor})
 
-    full, random = named(METHODS, NAMES["full"]), named(recipe(size, device_bytes), "random P, gap 250")
-    # the blocks' own best rate falls as the rest's rises
-    low = replace(full, rates=(0.0005, 0.001, 0.002, 0.003))
-    rows = [full, *(at(factor, low) for factor in (3.0, 5.0, 10.0))]
-    return [
-        *rows,
-        LOQT,
-        *(at(factor, LOQT) for factor in (0.3, 3.0)),
-        random,
-        *(at(factor, random) for factor in (0.3, 3.0)),
-    ]
+    full = named(METHODS, NAMES["full"])
+    # where the rest's rate is higher, the best one of the blocks is lower
+    rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0, 10.0))]
+    for variant in (LOQT, RANDOM):
+        rows += [variant, at(0.3, variant), at(3.0, variant, (0.003, 0.005, 0.01))]
+    return rows
 
 
 def long(size: Size, device_bytes) -> list[Variant]:
     """Whether a quantized model stops learning early. Long runs are too dear for grids: the best rates of the short ones."""
     full = named(rest(size, device_bytes), "full-rank AdamW, the rest at 5 times the rate")
-    nq, random = named(METHODS, NAMES["loqt-nq"]), named(recipe(size, device_bytes), "random P, gap 250")
-    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, random))]
+    nq = named(METHODS, NAMES["loqt-nq"])
+    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM))]
 
 
 STUDIES = {
