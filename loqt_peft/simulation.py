@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import weakref
@@ -609,6 +610,8 @@ def measure_on_cpu(config: PreTrainedConfig, options: MemoryOptions) -> dict[str
     peaks = {}
     with run.prepared():
         for name, step in steps:
+            # the profiler knows what earlier profiles saw: collected during this one, it would count as freed by the step
+            gc.collect()
             before = sum(run.counter.held[DEVICE].values())
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

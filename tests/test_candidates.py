@@ -19,11 +19,14 @@ import loqt_peft.layer
 from benchmarks.pretraining import training
 from benchmarks.pretraining.candidates import (
     CANDIDATES,
+    AlignedBasis,
     Candidate,
     ErrorFeedback,
     Mixed,
     MuonWithAdamW,
+    RandomBasis,
     RunningAverage,
+    Sweep,
     WhenItPays,
     make_candidate,
     stochastically_rounded,
@@ -153,6 +156,53 @@ def test_a_mixed_projection_spans_the_leading_vectors_and_random_ones(shape, sha
     torch.testing.assert_close(rows @ both @ both.T, rows, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_a_random_basis_spans_the_same_with_no_singular_vector_of_its_own(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    layer = Namespace(loqt_B={"default": None}, projection_seed=lambda adapter_name: 3)
+    vectors, P = project(G, 8, "svd"), RandomBasis().project(layer, G.clone(), 8, "svd")
+    if shape[0] < shape[1]:
+        vectors, P = vectors.T, P.T
+    inner = P @ vectors.T
+    torch.testing.assert_close(P @ P.T, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inner @ vectors, P, atol=1e-5, rtol=0)
+    # none of the new directions is an old one
+    assert inner.abs().max() < 0.9
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_an_aligned_basis_spans_random_directions_and_sees_an_orthogonal_gradient(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    layer = Namespace(loqt_B={"default": None}, projection_seed=lambda adapter_name: 3)
+    random, P = random_projection(shape, 8, 3), AlignedBasis().project(layer, G.clone(), 8, "svd")
+    if shape[0] < shape[1]:
+        random, P, G = random.T, P.T, G.T
+    torch.testing.assert_close(P @ P.T, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(P @ random.T @ random, P, atol=1e-5, rtol=0)
+    seen = G @ P.T
+    torch.testing.assert_close(seen.T @ seen, torch.diag(seen.square().sum(0)), atol=1e-4, rtol=0)
+
+
+def test_a_sweep_has_trained_every_direction_before_one_comes_back():
+    candidate, layers = Sweep(), layers_of(adapted())
+    for number, layer in enumerate(layers):
+        drawn = [candidate.draw(layer, layer.shape, 24, 10 * number + update, "cpu") for update in range(8)]
+        rows = torch.cat([P if layer.right else P.T for P in drawn])
+        # 8 times 24 directions are 3 times all 64
+        for turn in rows.split(64):
+            torch.testing.assert_close(turn @ turn.T, torch.eye(64), atol=1e-5, rtol=0)
+    first, second = (candidate.directions[layer] for layer in layers)
+    assert not torch.allclose(first.abs(), second.abs(), atol=0.1)
+
+
+def test_random_directions_are_drawn_by_the_candidate():
+    with mock.patch.object(Sweep, "draw", autospec=True, side_effect=Sweep.draw) as draw:
+        trained(Sweep(), projection="random")
+    assert draw.call_count == 2 * 4
+
+
 def test_the_running_average_is_that_of_its_definition():
     torch.manual_seed(0)
     layers, gradients = layers_of(adapted()), torch.randn(3, 128, 64)
@@ -234,7 +284,7 @@ def test_muon_and_adamw_are_torchs_own_at_the_scheduled_rate():
     assert states == [1, 1, 3]
 
 
-@pytest.mark.parametrize("method", ["full", "loqt"])
+@pytest.mark.parametrize("method", ["full", "lora", "loqt"])
 def test_the_rest_trains_at_its_factor_of_the_scheduled_rate(method):
     def loss(candidate):
         return run(spec_of(Variant("", method, candidate=candidate), lr=0.002))["loss"]
@@ -259,8 +309,8 @@ def test_the_rest_trains_at_its_factor_of_the_scheduled_rate(method):
     for number in (3, 8):
         highest, rates = seen[number]
         assert set(rates) == trainable
-        matrices = {n for n in trainable if "loqt_B" in n or ("proj" in n and method == "full")}
-        assert highest == trainable - matrices and len(matrices) == 7
+        matrices = {n for n in trainable if {"full": "proj", "lora": "lora_", "loqt": "loqt_B"}[method] in n}
+        assert highest == trainable - matrices and len(matrices) == (14 if method == "lora" else 7)
         assert min(rates.values()) == pytest.approx(max(rates.values()) / 3)
     assert seen[3][1] != seen[8][1]
 
@@ -276,7 +326,7 @@ def test_every_row_of_the_studies_is_another_run_and_trains():
         if variant.candidate:
             fields = {**variant.fields, **(GAPS if variant.method == "loqt" else {})}
             found = run(spec_of(Variant("", variant.method, fields, candidate=variant.candidate)))
-            assert found["steps"] == 9 and (found["updates"] or variant.method == "full")
+            assert found["steps"] == 9 and bool(found["updates"]) == (variant.method == "loqt")
             losses[variant.name] = found["loss"]
     # none of them is the same as another, or as what it is compared with
     losses["LoQT"] = run(spec_of(Variant("", "loqt", GAPS)))["loss"]

@@ -241,13 +241,13 @@ def test_a_row_with_rates_of_its_own_is_searched_at_these(tmp_path):
     assert [spec["lr"] for spec in plan.grid(plan.variants[0])] == [0.125]
 
 
-@pytest.mark.parametrize("study, largest", [("equal_bytes", 10), ("recipe", 14)])
+@pytest.mark.parametrize("study, largest", [("equal_bytes", 10), ("recipe", 14), ("long", 14)])
 def test_8_bit_moments_come_with_the_largest_rank_that_fits(study, largest):
     asked = []
     variants = STUDIES[study](TINY, lambda variant: asked.append(variant) or device_bytes(variant))
-    found = [v.fields["r"] for v in variants if v.optim == "adamw_bnb_8bit" and v.search]
+    found = {v.fields["r"] for v in variants if v.optim == "adamw_bnb_8bit"}
     # in units of hidden / 16 = 2
-    assert found and set(found) == {largest}
+    assert found - {TINY.rank} == {largest}
     assert len(asked) <= 6
 
 

@@ -1,5 +1,6 @@
 """The memory estimate: closed form against simulation, simulation against real steps, and what the user is told."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ import loqt_peft.__main__
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
 from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
 from loqt_peft.memory import required_bytes
-from loqt_peft.simulation import DEVICE, HOST, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"
@@ -114,6 +115,28 @@ def test_simulation_agrees_with_the_allocator_of_real_steps(options):
     assert ordinary == pytest.approx(measured["ordinary"], rel=0.01)
     if options.trains_loqt:
         assert peaks["update step"] == pytest.approx(measured["update step"], rel=0.01)
+
+
+def test_what_an_earlier_measurement_left_is_not_freed_by_a_later_one(monkeypatch):
+    loqt, full = (
+        MemoryOptions(dtype="float32", batch_size=4, sequence_length=64, rank=32, method=method)
+        for method in ("loqt", "full")
+    )
+    alone = measure_on_cpu(LLAMA, full)
+    step = Run.step
+
+    def collecting(run, number):
+        gc.collect()
+        step(run, number)
+
+    gc.disable()
+    try:
+        # its model is in reference cycles, so it stays
+        measure_on_cpu(LLAMA, loqt)
+        monkeypatch.setattr(Run, "step", collecting)
+        assert measure_on_cpu(LLAMA, full) == alone
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("update_mode", ["backward", "stagger"])

@@ -33,6 +33,10 @@ class Candidate:
         """As [`loqt_peft.projection.project`], of a layer."""
         return project(gradient, r, method)
 
+    def draw(self, layer: LoQTLayer, shape: tuple[int, int], r: int, seed: int, device) -> torch.Tensor:
+        """As [`loqt_peft.projection.random_projection`], of a layer."""
+        return random_projection(shape, r, seed, device)
+
     def compensate(self, layer: LoQTLayer, W, P, storage, scale, steps, dtype) -> Compensated:
         """As [`loqt_peft.compensation.compensate`], of a layer."""
         return compensate(W, P, storage, scale, steps, dtype)
@@ -47,7 +51,8 @@ class Candidate:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """While the context lasts, every LoQT layer updates as this candidate says."""
-        original = {name: getattr(LoQTLayer, name) for name in ("project_gradient", "compute_switch")}
+        names = ("project_gradient", "draw_projection", "compute_switch")
+        original = {name: getattr(LoQTLayer, name) for name in names}
         updated = None
 
         def remembering(name):
@@ -61,6 +66,7 @@ class Candidate:
         with (
             mock.patch.multiple(LoQTLayer, **{name: remembering(name) for name in original}),
             mock.patch.object(loqt_peft.layer, "project", lambda *args: self.project(updated, *args)),
+            mock.patch.object(loqt_peft.layer, "random_projection", lambda *args: self.draw(updated, *args)),
             mock.patch.object(loqt_peft.layer, "compensate", lambda *args: self.compensate(updated, *args)),
         ):
             yield
@@ -141,6 +147,44 @@ class Mixed(Candidate):
         # the first columns stay as they are, but for their signs
         Q = torch.linalg.qr(both).Q
         return Q.T.contiguous() if right else Q
+
+
+class RandomBasis(Candidate):
+    """The span of the leading singular vectors, in a random orthonormal basis: Adam treats each coordinate on its own."""
+
+    def project(self, layer, gradient, r, method):
+        (adapter_name,) = layer.loqt_B
+        P = super().project(layer, gradient, r, method)
+        turn = random_projection((r, r), r, layer.projection_seed(adapter_name), gradient.device)
+        return turn @ P if is_right(gradient.shape) else P @ turn
+
+
+class AlignedBasis(Candidate):
+    """Random directions, in the basis of their span in which the rows of PᵀG are orthogonal, as singular vectors' are."""
+
+    def project(self, layer, gradient, r, method):
+        (adapter_name,) = layer.loqt_B
+        P = random_projection(gradient.shape, r, layer.projection_seed(adapter_name), gradient.device)
+        if is_right(gradient.shape):
+            return torch.linalg.svd(gradient @ P.T, full_matrices=False).Vh @ P
+        return P @ torch.linalg.svd(P.T @ gradient, full_matrices=False).U
+
+
+class Sweep(Candidate):
+    """Random directions, all of which have had their turn before one comes back: blocks of one orthogonal matrix."""
+
+    def __init__(self):
+        self.directions: WeakKeyDictionary[LoQTLayer, torch.Tensor] = WeakKeyDictionary()
+
+    def draw(self, layer, shape, r, seed, device):
+        side = min(shape)
+        if layer not in self.directions:
+            self.directions[layer] = random_projection((side, side), side, seed, device)
+        right = is_right(shape)
+        # the next ones come to the front
+        Q = self.directions[layer]
+        self.directions[layer] = Q.roll(-r, 0 if right else 1)
+        return (Q[:r] if right else Q[:, :r]).contiguous()
 
 
 class RunningAverage(Candidate):
@@ -248,6 +292,9 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "error_feedback": ErrorFeedback,
     "stochastic_rounding": StochasticRounding,
     "mixed": Mixed,
+    "random_basis": RandomBasis,
+    "aligned_basis": AlignedBasis,
+    "sweep": Sweep,
     "running_average": RunningAverage,
     "when_it_pays": WhenItPays,
     "muon": MuonForB,

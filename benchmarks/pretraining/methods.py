@@ -108,7 +108,7 @@ def prepare(spec: dict, model: nn.Module) -> Prepared:
     if method == "full":
         return Prepared(model, [PerformanceCallback()], candidate=make_candidate(spec["candidate"]))
     if method == "lora":
-        return Prepared(add_lora(model, fields), [PerformanceCallback()])
+        return Prepared(add_lora(model, fields), [PerformanceCallback()], candidate=make_candidate(spec["candidate"]))
     if method == "relora":
         every, again = fields["restart_every"], fields["restart_warmup"]
 

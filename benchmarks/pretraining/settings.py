@@ -50,7 +50,7 @@ SIZES = {
 
 LEARNING_RATES = {
     "full": (0.001, 0.002, 0.003, 0.01),
-    "lora": (0.002, 0.003, 0.005, 0.01),
+    "lora": (0.001, 0.002, 0.003, 0.005),
     "relora": (0.001, 0.002, 0.003, 0.005),
     "galore": (0.005, 0.01, 0.02, 0.04),
     "apollo": (0.003, 0.005, 0.01, 0.02),
@@ -188,7 +188,13 @@ def methods(size: Size, device_bytes) -> list[Variant]:
 
 
 def compensation(size: Size, device_bytes) -> list[Variant]:
-    return [Variant(f"K = {k}", "loqt", {"compensation_steps": k}) for k in (0, 1, 5, 10)]
+    # with so few steps between updates, what one merges comes close to what quantizing loses
+    often = {"interval_schedule": "constant", "update_interval": 10}
+    return [
+        *(Variant(f"K = {k}", "loqt", {"compensation_steps": k}) for k in (0, 1, 5, 10)),
+        *(Variant(f"K = {k}, gap 10", "loqt", {"compensation_steps": k, **often}) for k in (0, 5)),
+        Variant("not quantized, gap 10", "loqt-nq", often),
+    ]
 
 
 def gaps(size: Size, device_bytes) -> list[Variant]:
@@ -227,6 +233,12 @@ SCALES = {0.125: (0.02, 0.04, 0.08), 0.25: (0.01, 0.02, 0.04), 0.5: LEARNING_RAT
 
 def scale(size: Size, device_bytes) -> list[Variant]:
     return [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True, rates=rates) for s, rates in SCALES.items()]
+
+
+def scaled(variant: Variant, s: float) -> Variant:
+    """LoQT with another s, and the learning rates that go with it."""
+    fields = {**variant.fields, "loqt_alpha": s}
+    return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=SCALES[s])
 
 
 def projection(size: Size, device_bytes) -> list[Variant]:
@@ -275,10 +287,14 @@ def eight_bit(r: int, base: Variant = LOQT) -> Variant:
 
 
 def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
-    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's."""
+    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's.
+
+    LoQT's s is GaLore's scale, 0.25, and smaller where the rank is the larger one: a step of B by Adam moves W by s √(r/n).
+    """
     galore = named(METHODS, NAMES["galore"])
-    wide = widest(eight_bit, size, device_bytes, device_bytes(galore))
-    return [galore, LOQT, replace(eight_bit(size.rank), search=False), eight_bit(wide)]
+    wide = eight_bit(widest(eight_bit, size, device_bytes, device_bytes(galore)))
+    quarter = (scaled(variant, 0.25) for variant in (LOQT, eight_bit(size.rank)))
+    return [galore, LOQT, *quarter, *(scaled(wide, s) for s in (0.125, 0.25))]
 
 
 def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
@@ -288,11 +304,12 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         description = {"name": candidate, **(arguments or {})} if candidate else None
         return Variant(name, "loqt", fields, search=True, candidate=description)
 
-    def scaled(variant: Variant, s: float) -> Variant:
-        fields = {**variant.fields, "loqt_alpha": s}
-        return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=SCALES[s])
-
     constant = {"interval_schedule": "constant"}
+    in_turn = replace(RANDOM, name=f"{RANDOM.name}, each direction in turn", candidate={"name": "sweep"})
+    muon = replace(RANDOM, name=f"{RANDOM.name}, Muon", candidate={"name": "muon"})
+    aligned = loqt("random P in an aligned basis, gap 250", "aligned_basis", update_interval=250, **constant)
+    turned = loqt("singular vectors in a random basis", "random_basis")
+    rarer = loqt("gap 250", update_interval=250, **constant)
     r = widest(eight_bit, size, device_bytes, device_bytes(LOQT))
     return [
         LOQT,
@@ -301,15 +318,17 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         loqt("random P, gap 500", projection="random", update_interval=500, **constant),
         *(scaled(RANDOM, s) for s in (0.125, 0.25)),
         loqt("half of P random", "mixed", {"share": 0.5}),
+        *(scaled(variant, 0.25) for variant in (rarer, turned, aligned, in_turn)),
         loqt("P of a running average", "running_average", {"decay": 0.9}),
         loqt("moments rotated", optimizer_state="rotate"),
         loqt("error kept on the host", "error_feedback"),
         loqt("stochastic rounding", "stochastic_rounding"),
         loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
         loqt("Muon for B", "muon"),
+        *(scaled(muon, s) for s in (0.25, 0.5, 1.0)),
         eight_bit(r),
         eight_bit(r, RANDOM),
-        scaled(eight_bit(r, RANDOM), 0.25),
+        *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
     ]
 
 
@@ -323,19 +342,21 @@ def rest(size: Size, device_bytes) -> list[Variant]:
         name = f"{variant.name}, the rest at {factor:g} times the rate"
         return replace(variant, name=name, rates=rates, candidate={"name": "rate_of_the_rest", "factor": factor})
 
-    full = named(METHODS, NAMES["full"])
+    full, lora = (named(METHODS, NAMES[method]) for method in ("full", "lora"))
     # where the rest's rate is higher, the best one of the blocks is lower
     rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0, 10.0))]
+    rows += [lora, *(at(factor, lora, (0.001, 0.002, 0.003)) for factor in (3.0, 10.0))]
     for variant in (LOQT, RANDOM):
         rows += [variant, at(0.3, variant), at(3.0, variant, (0.003, 0.005, 0.01))]
     return rows
 
 
-def long(size: Size, device_bytes) -> list[Variant]:
-    """Whether a quantized model stops learning early. Long runs are too dear for grids: the best rates of the short ones."""
+def long(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
+    """Whether a quantized model stops learning early. Long runs are too dear for grids: rates that did well in short ones."""
     full = named(rest(size, device_bytes), "full-rank AdamW, the rest at 5 times the rate")
     nq = named(METHODS, NAMES["loqt-nq"])
-    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM))]
+    wide = eight_bit(widest(eight_bit, size, device_bytes, device_bytes(LOQT)), RANDOM)
+    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM, wide))]
 
 
 STUDIES = {
