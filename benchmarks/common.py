@@ -149,16 +149,17 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def pretraining_arguments(folder, steps, **others):
+def pretraining_arguments(folder, steps, max_grad_norm=1.0, **others):
     """The Trainer's arguments of every pretraining run, so that all comparisons have the same protocol.
 
-    AdamW without weight decay, gradients clipped at norm 1, 10% warm-up, cosine to 10%; `others` are what runs differ in.
+    AdamW without weight decay, gradients clipped at norm 1 unless told otherwise, 10% warm-up, cosine to 10%; `others` are
+    what runs differ in.
     """
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         weight_decay=0.0,
-        max_grad_norm=1.0,
+        max_grad_norm=max_grad_norm,
         warmup_steps=steps // 10,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.pretraining import compare, methods, report, results, text, training
+from benchmarks.pretraining import compare, methods, report, results, settings, text, training
 from benchmarks.pretraining.errors import CompareError
 from benchmarks.pretraining.relora import merge_and_restart, relora_schedule
 from benchmarks.pretraining.settings import LOQT, METHODS, NAMES, SIZES, STUDIES, Variant, key_of, make_spec
@@ -77,7 +77,15 @@ def made_up(spec, loss=None, diverged=False):
         "diverged": diverged,
         "steps": spec["steps"],
         "curve": [[1, loss + 1], [spec["steps"], loss]],
-        "updates": [{"step": step, **dict.fromkeys(training.UPDATE_FIGURES, 0.1)} for step in (1, 5)],
+        "updates": [
+            {
+                "step": step,
+                **dict.fromkeys(training.UPDATE_FIGURES, 0.1),
+                "loss_before": 5.0,
+                "loss_after": 5.0 + step / 8 * (1 + spec["seed"]),
+            }
+            for step in (1, 2, 6)
+        ],
         "bytes": {"weights": 1000, "gradients": 200, "optimizer": 30, "host": 4},
         "tokens_per_second": 100.0 + spec["seed"],
         "seconds": 1.0,
@@ -192,10 +200,11 @@ def test_a_method_that_always_diverges_is_told_so(tmp_path):
 
 
 def device_bytes(variant):
-    """GaLore needs 1000; LoQT 160 for each direction, and 90 with 8-bit moments."""
+    """GaLore needs 1000; LoQT 160 for each direction, and 90 with 8-bit moments; 40 of them for gradients."""
     if variant.method == "galore":
         return 1000
-    return (90 if variant.optim == "adamw_bnb_8bit" else 160) * variant.fields.get("r", TINY.rank)
+    each = (90 if variant.optim == "adamw_bnb_8bit" else 160) - 40 * variant.per_layer
+    return each * variant.fields.get("r", TINY.rank)
 
 
 def test_every_study_has_valid_runs_and_shares_loqts_own(tmp_path):
@@ -241,14 +250,24 @@ def test_a_row_with_rates_of_its_own_is_searched_at_these(tmp_path):
     assert [spec["lr"] for spec in plan.grid(plan.variants[0])] == [0.125]
 
 
-@pytest.mark.parametrize("study, largest", [("equal_bytes", 10), ("recipe", 14), ("long", 14)])
-def test_8_bit_moments_come_with_the_largest_rank_that_fits(study, largest):
+# in units of hidden / 16 = 2
+@pytest.mark.parametrize(
+    "study, largest, freeing", [("equal_bytes", 10, set()), ("recipe", 14, {18, 24}), ("long", 14, set())]
+)
+def test_8_bit_moments_come_with_the_largest_rank_that_fits(study, largest, freeing):
     asked = []
     variants = STUDIES[study](TINY, lambda variant: asked.append(variant) or device_bytes(variant))
-    found = {v.fields["r"] for v in variants if v.optim == "adamw_bnb_8bit"}
-    # in units of hidden / 16 = 2
-    assert found - {TINY.rank} == {largest}
-    assert len(asked) <= 6
+    found = {(v.fields["r"], v.per_layer) for v in variants if v.optim == "adamw_bnb_8bit"}
+    assert found - {(TINY.rank, False)} == {(largest, False)} | {(r, True) for r in freeing}
+    assert len(asked) <= 6 + 5 * len(freeing)
+
+
+def test_s_that_fits_the_rank_moves_w_as_much_at_every_rank():
+    moves = []
+    for r in (2, 8, 32):
+        variant = settings.fitted(Variant("", "loqt", {"r": r}), TINY)
+        moves.append(variant.fields["loqt_alpha"] * math.sqrt(r / TINY.hidden))
+    assert moves == pytest.approx([0.125] * 3, rel=1e-2)
 
 
 def test_a_missing_package_is_told_before_anything_runs(tmp_path, monkeypatch):
@@ -586,9 +605,58 @@ def test_bytes_are_those_of_a_hand_count():
 
 
 def test_bytes_of_one_step_are_those_of_many():
-    for variant in (LOQT, BY_METHOD["galore"], Variant("8", "loqt", {"r": 16}, optim="adamw_bnb_8bit")):
+    for variant in (
+        LOQT,
+        BY_METHOD["galore"],
+        Variant("8", "loqt", {"r": 16}, optim="adamw_bnb_8bit", per_layer=True),
+    ):
         spec = tiny_spec(variant, steps=4)
         assert training.measure_bytes(spec) == run_tiny(spec)["bytes"]
+
+
+@pytest.mark.parametrize(
+    "method, candidate", [("full", None), ("full", {"name": "rate_of_the_rest", "factor": 3.0}), ("loqt", None)]
+)
+def test_per_layer_updates_hold_one_gradient_and_train_the_same_without_clipping(method, candidate, monkeypatch):
+    spec = tiny_spec(replace(BY_METHOD[method], candidate=candidate, per_layer=True), lr=0.01)
+    model, freeing = trained_model(spec)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    # with the ordinary optimizer in its place
+    monkeypatch.setattr(training, "per_layer_optimizer", training.Trainer.get_optimizer_cls_and_kwargs)
+    holding = run_tiny(spec)
+    assert freeing["loss"] == holding["loss"]
+    assert freeing["bytes"]["gradients"] == 4 * max(sizes) and holding["bytes"]["gradients"] == 4 * sum(sizes)
+    del freeing["bytes"]["gradients"], holding["bytes"]["gradients"]
+    assert freeing["bytes"] == holding["bytes"]
+    assert run_tiny({name: value for name, value in spec.items() if name != "per_layer"})["loss"] != holding["loss"]
+
+
+def test_a_base_is_trained_at_full_rank_on_text_in_another_order(monkeypatch):
+    spec = tiny_spec(Variant("", "loqt-nq", base={"steps": 5, "lr": 0.01}))
+    full, _ = trained_model(tiny_spec(BY_METHOD["full"], lr=0.01, steps=5))
+    other = training.base_model(spec, tokens(40)).state_dict()
+    monkeypatch.setattr(training, "BASE_ORDER", 0)
+    same = training.base_model(spec, tokens(40)).state_dict()
+    for name, weight in full.state_dict().items():
+        assert torch.equal(same[name], weight) and not torch.equal(other[name], weight)
+    # and it is what the run starts from
+    without = {name: value for name, value in spec.items() if name != "base"}
+    assert run_tiny(spec)["curve"] != run_tiny(without)["curve"]
+
+
+def test_losses_around_a_switch_differ_by_what_it_loses(monkeypatch):
+    gaps = {"update_interval": 2, "interval_schedule": "constant"}
+    found = {}
+    for method in ("loqt-nq", "loqt"):
+        fields = {**gaps, "compensation_steps": 0, "loqt_alpha": 4.0}
+        run = found[method] = run_tiny(tiny_spec(Variant("", method, fields), lr=0.05, steps=6))
+        assert len(run["updates"]) == 3 and len({update["loss_before"] for update in run["updates"]}) == 3
+    for update in found["loqt-nq"]["updates"]:
+        assert update["loss_after"] == pytest.approx(update["loss_before"], abs=1e-5)
+    assert all(abs(u["loss_after"] - u["loss_before"]) > 1e-4 for u in found["loqt"]["updates"])
+    # to look at it changes nothing
+    monkeypatch.setattr(training.SwitchLosses, "_loss", lambda losses, model: 0.0)
+    assert run_tiny(found["loqt"]["spec"])["curve"] == found["loqt"]["curve"]
 
 
 def test_tables_hold_mean_and_standard_error(tmp_path):
@@ -616,6 +684,32 @@ def test_tables_hold_mean_and_standard_error(tmp_path):
     # a best rate at the end of its grid is marked
     narrow = plan_of([LOQT], seeds=[0], rates=(0.002, 0.004))
     assert "| 0.002 † |" in report.table(narrow, results.read(path))
+
+
+def test_differences_are_to_the_same_seed_rate_and_base_and_switches_before_and_after(tmp_path):
+    path, base = tmp_path / "runs.jsonl", {"steps": 3, "lr": 0.1}
+    fields = {"compensation_steps": 0}
+    variants = [
+        LOQT,
+        Variant("K = 0", "loqt", fields),
+        Variant("base", "loqt", base=base, search=True),
+        Variant("base, K = 0", "loqt", fields, base=base, search=True),
+    ]
+    plan = plan_of(variants, rates=(0.002,), seeds=[0, 1])
+
+    def answer(spec):
+        added = (0.5 + spec["seed"]) * (spec["fields"]["compensation_steps"] == 0)
+        return made_up(spec, 2.0 + spec["seed"] ** 2 - ("base" in spec) + added)
+
+    compare.run_all([plan], path, Inline(answer))
+    found = report.table(plan, results.read(path))
+    # 0.5 and 1.5, and nothing against LoQT itself
+    assert report.difference_rows(plan, results.read(path)) == [
+        ("K = 0", "+1.0000 ± 0.5000"),
+        ("base, K = 0", "+1.0000 ± 0.5000"),
+    ]
+    # of two seeds 1/8 and 2/8 at the first, 4/8 and 8/8 on average over the others
+    assert found.count("| 0.18750 ± 0.06250 | 0.75000 ± 0.25000 |") == 4
 
 
 def test_curves_are_means_over_the_seeds_at_the_steps_of_all():

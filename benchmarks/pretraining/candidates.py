@@ -15,7 +15,7 @@ import torch
 from accelerate.state import GradientState
 from bitsandbytes.functional import get_4bit_type
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 import loqt_peft.layer
 from loqt_peft import LoQTTrainerCallback
@@ -44,8 +44,10 @@ class Candidate:
     def callback(self) -> LoQTTrainerCallback:
         return LoQTTrainerCallback()
 
-    def optimizer(self, model: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
-        """In place of the Trainer's own."""
+    def optimizer(
+        self, model: nn.Module, arguments: TrainingArguments, kind: type[torch.optim.Optimizer], options: dict
+    ) -> torch.optim.Optimizer | None:
+        """In place of the Trainer's own, which would be of class `kind` with `options`."""
         return None
 
     @contextmanager
@@ -261,7 +263,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class MuonForB(Candidate):
     """B is trained by Muon: one state instead of two."""
 
-    def optimizer(self, model, arguments):
+    def optimizer(self, model, arguments, kind, options):
         B = {id(p) for name, p in model.named_parameters() if "loqt_B" in name}
         trainable = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trainable if id(p) in B]
@@ -276,14 +278,13 @@ class RateOfTheRest(Candidate):
     def __init__(self, factor: float):
         self.factor = factor
 
-    def optimizer(self, model, arguments):
+    def optimizer(self, model, arguments, kind, options):
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         at_the_ends = {id(p) for module in ends for p in module.parameters()}
         blocks, rest = [], []
         for parameter in model.parameters():
             if parameter.requires_grad:
                 (rest if parameter.ndim < 2 or id(parameter) in at_the_ends else blocks).append(parameter)
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         groups = {"params": blocks}, {"params": rest, "lr": self.factor * options["lr"]}
         return kind(groups, weight_decay=arguments.weight_decay, **options)
 

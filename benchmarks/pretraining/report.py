@@ -1,13 +1,15 @@
 """Markdown tables and figures of finished runs."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import markdown_table
 from benchmarks.pretraining.errors import CompareError
-from benchmarks.pretraining.settings import key_of
+from benchmarks.pretraining.settings import LOQT, key_of
 
 
 HEADER = (
@@ -118,6 +120,39 @@ def direction_rows(plan, done: dict[str, dict]) -> list[tuple]:
     return rows
 
 
+def difference_rows(plan, done: dict[str, dict]) -> list[tuple]:
+    """Validation losses against those of the paper's recipe with the same base, learning rate and seed."""
+    rows = []
+    for variant in plan.variants:
+        reference = replace(LOQT, base=variant.base)
+        pairs = [
+            (run, done.get(key_of(plan.spec(reference, run["spec"]["lr"], run["spec"]["seed"]))))
+            for run in runs_of(plan, variant, done)
+        ]
+        pairs = [(run, other) for run, other in pairs if other is not run]
+        if pairs and all(other and not run["diverged"] and not other["diverged"] for run, other in pairs):
+            mean, error = mean_and_error([run["loss"] - other["loss"] for run, other in pairs])
+            rows.append((variant.name, f"{mean:+.4f}" + (f" ± {error:.4f}" if error is not None else "")))
+    return rows
+
+
+def switch_rows(plan, done: dict[str, dict]) -> list[tuple]:
+    """What switches add to the validation loss, the first and the others on average."""
+    rows = []
+    for variant in plan.variants:
+        changes = []
+        for run in runs_of(plan, variant, done):
+            losses = [(update.get("loss_before"), update.get("loss_after")) for update in run["updates"]]
+            # the first results were taken without
+            if losses and None not in itertools.chain(*losses):
+                changes.append([after - before for before, after in losses])
+        if changes and all(len(of_run) > 1 for of_run in changes):
+            first = with_error([of_run[0] for of_run in changes], ".5f")
+            later = with_error([statistics.mean(of_run[1:]) for of_run in changes], ".5f")
+            rows.append((variant.name, first, later))
+    return rows
+
+
 def provenance(runs: list[dict]) -> str:
     """The machines and versions of the runs, which need not be those that write the report."""
     lines = set()
@@ -156,6 +191,20 @@ def table(plan, done: dict[str, dict]) -> str:
             "side, and the overlap ‖Q_new Q_oldᵀ‖² / r of the subspaces of successive updates (1: the same; of random ones on "
             "average r/n); means over layers, updates and seeds.\n",
             markdown_table(("", "effective rank of the change", "overlap"), directions),
+        ]
+    differences = difference_rows(plan, done)
+    if differences:
+        text += [
+            "Validation loss less that of LoQT with the paper's recipe, from the same base, at the same learning rate and "
+            "with the same seed; mean ± standard error over the seeds.\n",
+            markdown_table(("", "difference"), differences),
+        ]
+    switches = switch_rows(plan, done)
+    if switches:
+        text += [
+            "What a switch (merge, new P, requantization with compensation) adds to the validation loss of 128 blocks right "
+            "before it: the first one, and the mean over the later ones; mean ± standard error over the seeds.\n",
+            markdown_table(("", "first switch", "later switches"), switches),
         ]
     grid = grid_rows(plan, done)
     if grid:

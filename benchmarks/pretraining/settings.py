@@ -6,6 +6,7 @@ whichever study asks for it.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -93,8 +94,10 @@ class Variant:
         search (`bool`): Whether it gets a learning rate of its own from the grid; if not, it runs at LoQT's best.
         rates (`tuple[float]`, *optional*): Its grid, if not the method's.
         optim (`str`): The Trainer's `optim`.
+        per_layer (`bool`): Whether each gradient is applied and freed inside backward, without clipping by their norm.
         micro_batches (`int`, *optional*): Of an optimizer step, if not the size's.
         projection_micro_batches (`int`, *optional*): How many of them (the last) P is computed from; `None`: all.
+        base (`dict`, *optional*): Steps ("steps") and rate ("lr") of a training at full rank that comes first.
         candidate (`dict`, *optional*): A mechanism of `candidates.py`, its name and arguments.
     """
 
@@ -104,8 +107,10 @@ class Variant:
     search: bool = False
     rates: tuple[float, ...] | None = None
     optim: str | None = None
+    per_layer: bool = False
     micro_batches: int | None = None
     projection_micro_batches: int | None = None
+    base: dict | None = None
     candidate: dict | None = None
 
 
@@ -140,7 +145,7 @@ def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, tex
     sizes = SIZES[size]
     micro_batches = variant.micro_batches or sizes.micro_batches
     projection = variant.projection_micro_batches
-    return {
+    spec = {
         "size": size,
         "model": sizes.model,
         "batch": sizes.batch,
@@ -158,6 +163,12 @@ def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, tex
         "dtype": dtype,
         "device": device,
     }
+    # absent where they are not so, as from the runs before there was a choice
+    if variant.per_layer:
+        spec["per_layer"] = True
+    if variant.base:
+        spec["base"] = variant.base
+    return spec
 
 
 def key_of(spec: dict) -> str:
@@ -190,10 +201,14 @@ def methods(size: Size, device_bytes) -> list[Variant]:
 def compensation(size: Size, device_bytes) -> list[Variant]:
     # with so few steps between updates, what one merges comes close to what quantizing loses
     often = {"interval_schedule": "constant", "update_interval": 10}
+    # quantizing random weights loses nothing that was learned
+    trained = {"base": {"steps": size.steps, "lr": 0.003}, "search": True, "rates": (0.005,)}
     return [
         *(Variant(f"K = {k}", "loqt", {"compensation_steps": k}) for k in (0, 1, 5, 10)),
         *(Variant(f"K = {k}, gap 10", "loqt", {"compensation_steps": k, **often}) for k in (0, 5)),
         Variant("not quantized, gap 10", "loqt-nq", often),
+        *(Variant(f"K = {k}, trained base", "loqt", {"compensation_steps": k}, **trained) for k in (0, 1, 5, 10)),
+        Variant("not quantized, trained base", "loqt-nq", **trained),
     ]
 
 
@@ -241,6 +256,13 @@ def scaled(variant: Variant, s: float) -> Variant:
     return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=SCALES[s])
 
 
+def fitted(variant: Variant, size: Size) -> Variant:
+    """LoQT with s = 0.125 √(n/r), 3 digits: a step of B by Adam moves W by s √(r/n), so as much at every rank."""
+    s = round(0.125 * math.sqrt(size.hidden / variant.fields.get("r", size.rank)), 3)
+    fields = {**variant.fields, "loqt_alpha": s}
+    return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=(0.01, 0.02, 0.04))
+
+
 def projection(size: Size, device_bytes) -> list[Variant]:
     ways = [Variant(f"`{way}`", "loqt", {"projection": way}) for way in ("svd", "eigh", "randomized")]
     # other directions, another gap: their learning rates are not those of singular vectors
@@ -286,6 +308,11 @@ def eight_bit(r: int, base: Variant = LOQT) -> Variant:
     return replace(base, name=f"{base.name}, 8-bit moments, r = {r}", fields=fields, optim="adamw_bnb_8bit")
 
 
+def per_layer(variant: Variant) -> Variant:
+    """With per-layer updates: no more than one gradient lies there at a time."""
+    return replace(variant, name=f"{variant.name}, per-layer updates", per_layer=True)
+
+
 def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's.
 
@@ -310,7 +337,14 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     aligned = loqt("random P in an aligned basis, gap 250", "aligned_basis", update_interval=250, **constant)
     turned = loqt("singular vectors in a random basis", "random_basis")
     rarer = loqt("gap 250", update_interval=250, **constant)
-    r = widest(eight_bit, size, device_bytes, device_bytes(LOQT))
+    limit = device_bytes(LOQT)
+    r = widest(eight_bit, size, device_bytes, limit)
+    # with per-layer updates for the paper's recipe too, and for the wider one alone
+    limits = (device_bytes(per_layer(LOQT)), limit)
+    ranks = sorted({widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, most) for most in limits})
+    freeing = [per_layer(eight_bit(r, base)) for r in ranks for base in (LOQT, RANDOM)]
+    # whether directions or their basis matter
+    freeing.append(per_layer(eight_bit(ranks[-1], turned)))
     return [
         LOQT,
         loqt("random P", projection="random"),
@@ -329,6 +363,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         eight_bit(r),
         eight_bit(r, RANDOM),
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
+        *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
     ]
 
 
@@ -345,6 +380,8 @@ def rest(size: Size, device_bytes) -> list[Variant]:
     full, lora = (named(METHODS, NAMES[method]) for method in ("full", "lora"))
     # where the rest's rate is higher, the best one of the blocks is lower
     rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0, 10.0))]
+    # as the better recipe, without clipping
+    rows.append(per_layer(at(10.0, full, (0.002, 0.003))))
     rows += [lora, *(at(factor, lora, (0.001, 0.002, 0.003)) for factor in (3.0, 10.0))]
     for variant in (LOQT, RANDOM):
         rows += [variant, at(0.3, variant), at(3.0, variant, (0.003, 0.005, 0.01))]

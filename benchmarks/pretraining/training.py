@@ -9,9 +9,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftModel
@@ -21,16 +23,19 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+import loqt_peft.callback
 from benchmarks.common import Blocks, llama, machine, pretraining_arguments, versions
 from benchmarks.pretraining.methods import ProjectionWatch, prepare, targeted_modules
 from benchmarks.pretraining.relora import ReLoRACallback
+from loqt_peft import per_layer_optimizer
 from loqt_peft.layer import LoQTLayer
 from loqt_peft.projection import orthonormalize, restrict, squared_norm
-from loqt_peft.update import loqt_layers
+from loqt_peft.update import LoQTUpdate, end_step, loqt_layers
 
 
 CURVE_POINTS = 20
-CURVE_BLOCKS, FINAL_BLOCKS = 256, 1024
+CURVE_BLOCKS, FINAL_BLOCKS, SWITCH_BLOCKS = 256, 1024, 128
+BASE_ORDER = 1000
 UPDATE_FIGURES = (
     "merged_change",
     "quantization_error_before",
@@ -73,16 +78,21 @@ class ByteCounter(TrainerCallback):
 
     Attributes:
         bytes (`dict[str, int]`):
-            "weights" (packed weights, absmax, projections, buffers), "gradients", "optimizer", and "host": the base
-            weights that LoQT keeps aside after its first update.
+            "weights" (packed weights, absmax, projections, buffers), "gradients" (the most that lay there at once),
+            "optimizer", and "host": the base weights that LoQT keeps aside after its first update.
     """
 
-    def __init__(self):
-        self.bytes: dict[str, int] = {}
+    def __init__(self, model: nn.Module):
+        self.bytes = {"gradients": 0}
+        trained = [p for p in model.parameters() if p.requires_grad]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        # afterwards an update and `zero_grad` set them to None
-        self.bytes["gradients"] = count_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        def count(parameter: nn.Parameter) -> None:
+            held = count_bytes(p.grad for p in trained if p.grad is not None)
+            self.bytes["gradients"] = max(self.bytes["gradients"], held)
+
+        # with per-layer updates the optimizer's hook, which comes after this one, frees the gradient again
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(count)
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         aside = [
@@ -160,6 +170,43 @@ def effective_rank(matrix: torch.Tensor) -> float:
     return total**2 / float(squares.square().sum()) / len(squares) if total else 0.0
 
 
+class SwitchLosses:
+    """What switches do to the validation loss: of the same blocks right before and right after each.
+
+    Attributes:
+        before, after (`list[float]`): Nats a token, an element for each update.
+    """
+
+    def __init__(self, blocks: torch.Tensor):
+        self.before: list[float] = []
+        self.after: list[float] = []
+        self._blocks = blocks.long()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """While the context lasts, the losses at every switch of the Trainer's callback are noted."""
+        # the callback puts itself before all others, so that none of them comes between the optimizer's step and the switch
+        with mock.patch.object(loqt_peft.callback, "end_step", self._end_step):
+            yield
+
+    def _end_step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
+        is_due = any(layer.update_due for _, layer in loqt_layers(model))
+        before = self._loss(model) if is_due else math.nan
+        update = end_step(model, optimizer)
+        # it may have been postponed or called off
+        if update is not None:
+            self.before.append(before)
+            self.after.append(self._loss(model))
+        return update
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module) -> float:
+        training, tokens = model.training, self._blocks.to(next(model.parameters()).device)
+        loss = float(model.eval()(input_ids=tokens, labels=tokens).loss)
+        model.train(training)
+        return loss
+
+
 class BatchHash:
     """Forward pre-hook that hashes the tokens which the model is trained on, in their order."""
 
@@ -205,12 +252,10 @@ def training_arguments(spec: dict, folder: str, changes: dict) -> TrainingArgume
         optim=spec["optim"],
         learning_rate=spec["lr"],
         use_cpu=spec["device"] == "cpu",
-        eval_strategy="steps",
-        eval_steps=points,
         prediction_loss_only=True,
         logging_steps=points,
         logging_nan_inf_filter=False,
-        **changes,
+        **({"eval_strategy": "steps", "eval_steps": points} | changes),
     )
 
 
@@ -228,7 +273,7 @@ def train(trainer: Trainer) -> None:
             raise
 
 
-def update_records(callbacks, history: list[dict]) -> list[dict]:
+def update_records(callbacks, history: list[dict], losses: SwitchLosses) -> list[dict]:
     """A dictionary for each update, restart or new projection, with the number of steps after which it took place."""
     for callback in callbacks:
         if isinstance(callback, ReLoRACallback):
@@ -236,7 +281,15 @@ def update_records(callbacks, history: list[dict]) -> list[dict]:
         if isinstance(callback, ProjectionWatch):
             return [{"step": step} for step in callback.steps]
     entries = [entry for entry in history if "loqt/updates" in entry]
-    return [{"step": e["step"], **{name: number(e.get(f"loqt/{name}")) for name in UPDATE_FIGURES}} for e in entries]
+    return [
+        {
+            "step": entry["step"],
+            **{name: number(entry.get(f"loqt/{name}")) for name in UPDATE_FIGURES},
+            "loss_before": number(before),
+            "loss_after": number(after),
+        }
+        for entry, before, after in zip(entries, losses.before, losses.after, strict=True)
+    ]
 
 
 def number(value: float | None) -> float | None:
@@ -256,6 +309,29 @@ def tokens_per_second(history: list[dict]) -> float | None:
     return steps / seconds if seconds else None
 
 
+def base_model(spec: dict, training: torch.Tensor) -> nn.Module:
+    """The model that a method starts from: random or, if `spec` has a "base", trained at full rank first."""
+    sizes = spec["model"]
+    model = llama(
+        sizes["hidden"],
+        sizes["layers"],
+        sizes["intermediate"],
+        sizes["vocabulary"],
+        heads=sizes["heads"],
+        positions=sizes["length"],
+        seed=spec["seed"],
+    ).to(getattr(torch, spec["dtype"]))
+    if "base" in spec:
+        first = {**spec, **spec["base"], "optim": "adamw_torch"}
+        # what comes after it sees the text in another order
+        order = batch_order(len(training), first["steps"] * first["batch"], BASE_ORDER + first["seed"])
+        with tempfile.TemporaryDirectory() as folder:
+            data = Subset(Blocks(training), order.tolist())
+            arguments = training_arguments(first, folder, {"eval_strategy": "no"})
+            Trainer(model=model, args=arguments, train_dataset=data).train()
+    return model
+
+
 def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
     """Train and evaluate.
 
@@ -267,29 +343,30 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         `dict`: The spec, the final validation loss (nats a token) and perplexity, whether the run diverged, the curve of
         validation losses, all updates, bytes, speed, what it ran on and with.
     """
-    sizes = spec["model"]
-    model = llama(
-        sizes["hidden"],
-        sizes["layers"],
-        sizes["intermediate"],
-        sizes["vocabulary"],
-        heads=sizes["heads"],
-        positions=sizes["length"],
-        seed=spec["seed"],
-    ).to(getattr(torch, spec["dtype"]))
+    model = base_model(spec, training)
     names = targeted_modules(model)
     prepared = prepare(spec, model)
-    counter, directions = ByteCounter(), Directions(prepared.model, names)
+    counter, directions = ByteCounter(prepared.model), Directions(prepared.model, names)
+    losses = SwitchLosses(validation[:SWITCH_BLOCKS])
     order = batch_order(len(training), spec["steps"] * spec["batch"], spec["seed"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(spec, folder, prepared.arguments)
+        per_layer = spec.get("per_layer", False)
+        changes = prepared.arguments | ({"max_grad_norm": 0.0} if per_layer else {})
+        arguments = training_arguments(spec, folder, changes)
+        made = (
+            per_layer_optimizer(arguments)
+            if per_layer
+            else Trainer.get_optimizer_cls_and_kwargs(arguments, prepared.model)
+        )
+        optimizer = prepared.candidate.optimizer(prepared.model, arguments, *made)
         trainer = Trainer(
             model=prepared.model,
             args=arguments,
             train_dataset=Subset(Blocks(training), order.tolist()),
             eval_dataset=Blocks(validation[:CURVE_BLOCKS]),
             callbacks=[*prepared.callbacks, counter, directions, StopAtDivergence()],
-            optimizers=(prepared.candidate.optimizer(prepared.model, arguments), None),
+            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=made if per_layer and optimizer is None else None,
         )
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
@@ -297,7 +374,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
             trainer.lr_scheduler = prepared.schedule(trainer.create_optimizer(), arguments)
         batches = BatchHash(prepared.model)
         start = time.perf_counter()
-        with prepared.candidate.applied():
+        with prepared.candidate.applied(), losses.noted():
             train(trainer)
         seconds = time.perf_counter() - start
         finished = trainer.state.global_step == spec["steps"]
@@ -311,10 +388,10 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         "loss": number(loss),
         "perplexity": number(math.exp(min(loss, 700.0))) if math.isfinite(loss) else None,
         # a model no better than guessing uniformly has diverged, whatever its loss says
-        "diverged": not math.isfinite(loss) or loss > math.log(sizes["vocabulary"]),
+        "diverged": not math.isfinite(loss) or loss > math.log(spec["model"]["vocabulary"]),
         "steps": trainer.state.global_step,
         "curve": [[entry["step"], number(entry["eval_loss"])] for entry in history if "eval_loss" in entry],
-        "updates": update_records(prepared.callbacks, history),
+        "updates": update_records(prepared.callbacks, history, losses),
         "overlaps": directions.overlaps,
         "ranks": {name: number(share) for name, share in directions.ranks.items()},
         "bytes": counter.bytes,
