@@ -262,12 +262,13 @@ def test_8_bit_moments_come_with_the_largest_rank_that_fits(study, largest, free
     assert len(asked) <= 6 + 5 * len(freeing)
 
 
-def test_s_that_fits_the_rank_moves_w_as_much_at_every_rank():
-    moves = []
-    for r in (2, 8, 32):
-        variant = settings.fitted(Variant("", "loqt", {"r": r}), TINY)
-        moves.append(variant.fields["loqt_alpha"] * math.sqrt(r / TINY.hidden))
-    assert moves == pytest.approx([0.125] * 3, rel=1e-2)
+def test_s_that_fits_moves_w_as_much_at_every_rank_and_in_proportion_to_the_width():
+    for hidden in (32, 512):
+        size = replace(TINY, hidden=hidden)
+        fields = [settings.fitted(Variant("", "loqt", {"r": r}), size).fields for r in (2, 8, 32)]
+        assert [f["loqt_alpha"] * math.sqrt(f["r"] / hidden) for f in fields] == pytest.approx(
+            [16 / hidden] * 3, rel=1e-2
+        )
 
 
 def test_a_missing_package_is_told_before_anything_runs(tmp_path, monkeypatch):

@@ -247,7 +247,10 @@ SCALES = {0.125: (0.02, 0.04, 0.08), 0.25: (0.01, 0.02, 0.04), 0.5: LEARNING_RAT
 
 
 def scale(size: Size, device_bytes) -> list[Variant]:
-    return [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True, rates=rates) for s, rates in SCALES.items()]
+    rows = [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True, rates=rates) for s, rates in SCALES.items()]
+    # at other ranks: whether one learning rate is best for all of them then
+    ranks = [max(1, size.hidden // part) for part in (16, 8, 2, 1)]
+    return rows + [fitted(Variant(f"r = {r}", "loqt", {"r": r}, search=True), size) for r in ranks]
 
 
 def scaled(variant: Variant, s: float) -> Variant:
@@ -257,8 +260,11 @@ def scaled(variant: Variant, s: float) -> Variant:
 
 
 def fitted(variant: Variant, size: Size) -> Variant:
-    """LoQT with s = 0.125 √(n/r), 3 digits: a step of B by Adam moves W by s √(r/n), so as much at every rank."""
-    s = round(0.125 * math.sqrt(size.hidden / variant.fields.get("r", size.rank)), 3)
+    """LoQT with s = 16 / √(n r), 3 digits, n the hidden size.
+
+    A step of B by Adam of size η moves W by η s √(r/n), so by 16 η / n: as much at every rank, and less the wider the model.
+    """
+    s = round(16 / math.sqrt(size.hidden * variant.fields.get("r", size.rank)), 3)
     fields = {**variant.fields, "loqt_alpha": s}
     return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=(0.01, 0.02, 0.04))
 
@@ -336,15 +342,15 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     muon = replace(RANDOM, name=f"{RANDOM.name}, Muon", candidate={"name": "muon"})
     aligned = loqt("random P in an aligned basis, gap 250", "aligned_basis", update_interval=250, **constant)
     turned = loqt("singular vectors in a random basis", "random_basis")
-    rarer = loqt("gap 250", update_interval=250, **constant)
+    oftener, rarer = (loqt(f"gap {gap}", update_interval=gap, **constant) for gap in (50, 250))
     limit = device_bytes(LOQT)
     r = widest(eight_bit, size, device_bytes, limit)
     # with per-layer updates for the paper's recipe too, and for the wider one alone
     limits = (device_bytes(per_layer(LOQT)), limit)
     ranks = sorted({widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, most) for most in limits})
     freeing = [per_layer(eight_bit(r, base)) for r in ranks for base in (LOQT, RANDOM)]
-    # whether directions or their basis matter
-    freeing.append(per_layer(eight_bit(ranks[-1], turned)))
+    # whether directions or their basis matter, and how often they should change
+    freeing += [per_layer(eight_bit(ranks[-1], base)) for base in (turned, oftener, rarer)]
     return [
         LOQT,
         loqt("random P", projection="random"),
@@ -378,8 +384,8 @@ def rest(size: Size, device_bytes) -> list[Variant]:
         return replace(variant, name=name, rates=rates, candidate={"name": "rate_of_the_rest", "factor": factor})
 
     full, lora = (named(METHODS, NAMES[method]) for method in ("full", "lora"))
-    # where the rest's rate is higher, the best one of the blocks is lower
-    rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0, 10.0))]
+    rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0))]
+    rows.append(at(10.0, full, (0.001, 0.002, 0.003, 0.005)))
     # as the better recipe, without clipping
     rows.append(per_layer(at(10.0, full, (0.002, 0.003))))
     rows += [lora, *(at(factor, lora, (0.001, 0.002, 0.003)) for factor in (3.0, 10.0))]
