@@ -47,6 +47,11 @@ def config_field(name: str, **changes):
     return field(**{"default": source.default, "metadata": dict(source.metadata), **changes})
 
 
+def scale(text: str) -> float | str:
+    """A number, or "auto"; the type of `--loqt_alpha`."""
+    return text if text == "auto" else float(text)
+
+
 @dataclass
 class ModelArguments:
     """Which model: a checkpoint, or a configuration that is initialised at random."""
@@ -82,7 +87,7 @@ class LoQTArguments:
     )
     # Not `r`: torchrun takes --r for an abbreviation of one of its own options.
     rank: int = config_field("r")
-    loqt_alpha: float = config_field("loqt_alpha")
+    loqt_alpha: scale = config_field("loqt_alpha")
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the modules to train, by default all linear layers of the model's blocks."},

@@ -36,7 +36,13 @@ class LoQTConfig(PeftConfig):
     """
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
-    loqt_alpha: float = field(default=0.5, metadata={"help": "The paper's scale s, used as is: not divided by r."})
+    loqt_alpha: float | Literal["auto"] = field(
+        default=0.5,
+        metadata={
+            "help": "The paper's scale s, used as is: not divided by r. 'auto': s = 16 / √(r·min(in, out)) for each layer, "
+            "which goes with a learning rate of 0.02 at every rank and width that was measured."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -170,7 +176,8 @@ class LoQTConfig(PeftConfig):
             check(name, is_int(value) and value >= smallest, f"an integer of at least {smallest}")
 
         at_least("r", 1)
-        check("loqt_alpha", is_number(self.loqt_alpha) and self.loqt_alpha > 0, "a positive number")
+        alpha = self.loqt_alpha
+        check("loqt_alpha", alpha == "auto" or (is_number(alpha) and alpha > 0), "a positive number, or 'auto'")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -251,13 +252,13 @@ class LoQTLayer(BaseTunerLayer):
     # Adapters
     ###############################
 
-    def update_layer(self, adapter_name: str, r: int, scaling: float, config: LoQTConfig) -> None:
+    def update_layer(self, adapter_name: str, r: int, scaling: float | Literal["auto"], config: LoQTConfig) -> None:
         """Add an adapter.
 
         Args:
             adapter_name (`str`): Its name.
             r (`int`): Rank; clamped to min(in, out).
-            scaling (`float`): s.
+            scaling (`float`): s, or `"auto"`: 16 / √(r·min(in, out)).
             config (`LoQTConfig`): Its config; a positive `num_updates` allocates the drifted weight too.
         """
         if self.base_dropped:
@@ -267,7 +268,8 @@ class LoQTLayer(BaseTunerLayer):
             )
         r = min(r, *self.shape)
         self.r[adapter_name] = r
-        self.scaling[adapter_name] = scaling
+        # a step of B by Adam of size η moves W by η s √(r/min(in, out)): so as much at every rank, and less in wider layers
+        self.scaling[adapter_name] = 16 / math.sqrt(r * min(self.shape)) if scaling == "auto" else scaling
         self.config[adapter_name] = config
 
         # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
@@ -737,7 +739,13 @@ class Linear(LoQTLayer, nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, r: int, scaling: float, config: LoQTConfig, seed: int = 0
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        scaling: float | Literal["auto"],
+        config: LoQTConfig,
+        seed: int = 0,
     ) -> None:
         nn.Module.__init__(self)
         LoQTLayer.__init__(self, base_layer, seed)

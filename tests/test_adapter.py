@@ -76,6 +76,27 @@ def test_round_trip_is_exact(base_dir, tmp_path, base, switches, double_quant, q
     assert torch.equal(logits(again), expected)
 
 
+def test_auto_scale_goes_with_each_layers_rank_and_width_and_is_saved(base_dir, tmp_path):
+    # clamped to 64
+    ranks, scales = {"k_proj": 2, "v_proj": 1000}, {"o_proj": 0.25}
+    config = loqt_config(loqt_alpha="auto", rank_pattern=ranks, alpha_pattern=scales)
+    model = get_peft_model(load_llama(base_dir, "dense"), config)
+    for name, layer in loqt_layers(model):
+        r = {"k_proj": 2, "v_proj": 64}.get(name.split(".")[-1], 8)
+        expected = 0.25 if name.endswith("o_proj") else 16 / (64 * r) ** 0.5
+        assert layer.scaling["default"] == pytest.approx(expected)
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load_llama(base_dir, "dense"), tmp_path)
+    assert loaded.peft_config["default"].loqt_alpha == "auto"
+    assert torch.equal(logits(loaded), logits(model))
+    # and it is the same as to say the number
+    scales |= {"k_proj": 2**0.5, "v_proj": 0.25, ".*": 2**-0.5}
+    same = get_peft_model(load_llama(base_dir, "dense"), loqt_config(rank_pattern=ranks, alpha_pattern=scales))
+    train_steps(same, 2)
+    torch.testing.assert_close(logits(same), logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("load", ["peft", "low memory", "transformers"])
 def test_tied_embeddings_stay_tied(tmp_path, load):
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), loqt_config(full_rank_modules="all"))

@@ -18,6 +18,7 @@ from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +28,7 @@ from benchmarks.pretraining import compare, methods, report, results, settings, 
 from benchmarks.pretraining.errors import CompareError
 from benchmarks.pretraining.relora import merge_and_restart, relora_schedule
 from benchmarks.pretraining.settings import LOQT, METHODS, NAMES, SIZES, STUDIES, Variant, key_of, make_spec
+from loqt_peft import LoQTConfig
 from loqt_peft.update import loqt_layers
 
 
@@ -269,6 +271,10 @@ def test_s_that_fits_moves_w_as_much_at_every_rank_and_in_proportion_to_the_widt
         assert [f["loqt_alpha"] * math.sqrt(f["r"] / hidden) for f in fields] == pytest.approx(
             [16 / hidden] * 3, rel=1e-2
         )
+    # what the package calls "auto"
+    model = get_peft_model(tiny_model(), LoQTConfig(r=8, loqt_alpha="auto", target_modules="all-linear"))
+    s = settings.fitted(Variant("", "loqt", {"r": 8}), TINY).fields["loqt_alpha"]
+    assert {layer.scaling["default"] for _, layer in loqt_layers(model)} == {pytest.approx(s, abs=5e-4)}
 
 
 def test_a_missing_package_is_told_before_anything_runs(tmp_path, monkeypatch):

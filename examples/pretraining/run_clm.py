@@ -123,6 +123,8 @@ def parse_arguments(argv: Sequence[str] | None):
         raise BadInput("--streaming has no known length: --do_train needs --max_steps")
     if model_args.load_in_4bit and loqt_args.method == "full":
         raise BadInput("--load_in_4bit cannot be trained with --method full")
+    if loqt_args.loqt_alpha == "auto" and loqt_args.method == "lora":
+        raise BadInput("--loqt_alpha auto is LoQT's: --method lora needs a number")
     return arguments
 
 
