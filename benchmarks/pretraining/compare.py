@@ -12,8 +12,8 @@ A run that has ended is one line of the results file, and a restart skips it: in
 Markdown tables and figures, beside the results file. `--report` makes them of what is there, without running anything.
 
 At 1M parameters the methods are 42 runs. Extrapolated from 60 steps of each, a run takes 3.5 to 5 minutes on one thread of a
-busy machine, and all of them about 1.5 hours on 2 cores; the ablations are some 130 runs more, `recipe` (settings and
-mechanisms, candidates.py, that might do better than the paper's) as many, `rest` 70. `long` is 15 runs of ten times as many
+busy machine, and all of them about 1.5 hours on 2 cores; the ablations are some 150 runs more, `recipe` (settings and
+mechanisms, candidates.py, that might do better than the paper's) 180, `rest` 60. `long` is 15 runs of ten times as many
 steps, of 33 to 50 minutes each.
 Tokenizing the reviews takes half a minute, once.
 """
