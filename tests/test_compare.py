@@ -744,7 +744,22 @@ def test_tokens_per_second_are_those_of_all_steps():
         {"loss": 1.0, "step": 15, "loqt/tokens_per_second": 50.0},
     ]
     # with 10 tokens a step: 1 second for 100 tokens, and 1 second for 50
-    assert training.tokens_per_second(history) == pytest.approx(150 / 2)
+    assert training.tokens_per_second(history, 10) == pytest.approx(150 / 2)
+    assert training.tokens_per_second(history, 10, excluded=0.5) == pytest.approx(150 / 1.5)
+
+
+def test_looking_at_switches_is_no_part_of_the_speed(monkeypatch):
+    told = []
+
+    def look(losses, model):
+        losses.seconds += 100.0
+        return 0.0
+
+    monkeypatch.setattr(training.SwitchLosses, "_loss", look)
+    monkeypatch.setattr(training, "tokens_per_second", lambda history, *others: told.append(others))
+    run_tiny(tiny_spec(Variant("", "loqt", {"update_interval": 2, "interval_schedule": "constant"}), steps=8))
+    # two looks at each of 4 updates
+    assert told == [(TINY.batch * TINY.length, 800.0)]
 
 
 ###############################

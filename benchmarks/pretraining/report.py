@@ -37,7 +37,7 @@ def mean_and_error(figures: list[float]) -> tuple[float, float | None]:
 
 def with_error(figures: list[float], form: str) -> str:
     mean, error = mean_and_error(figures)
-    return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form}}"
+    return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
 
 
 def runs_of(plan, variant, done: dict[str, dict]) -> list[dict]:
@@ -131,8 +131,7 @@ def difference_rows(plan, done: dict[str, dict]) -> list[tuple]:
         ]
         pairs = [(run, other) for run, other in pairs if other is not run]
         if pairs and all(other and not run["diverged"] and not other["diverged"] for run, other in pairs):
-            mean, error = mean_and_error([run["loss"] - other["loss"] for run, other in pairs])
-            rows.append((variant.name, f"{mean:+.4f}" + (f" ± {error:.4f}" if error is not None else "")))
+            rows.append((variant.name, with_error([run["loss"] - other["loss"] for run, other in pairs], "+.4f")))
     return rows
 
 

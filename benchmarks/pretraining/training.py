@@ -91,8 +91,12 @@ class ByteCounter(TrainerCallback):
             self.bytes["gradients"] = max(self.bytes["gradients"], held)
 
         # with per-layer updates the optimizer's hook, which comes after this one, frees the gradient again
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(count)
+        self._handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in trained]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # every step holds as much as the first, and the others are timed
+        while self._handles:
+            self._handles.pop().remove()
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         aside = [
@@ -175,11 +179,13 @@ class SwitchLosses:
 
     Attributes:
         before, after (`list[float]`): Nats a token, an element for each update.
+        seconds (`float`): What it took to look, all in all.
     """
 
     def __init__(self, blocks: torch.Tensor):
         self.before: list[float] = []
         self.after: list[float] = []
+        self.seconds = 0.0
         self._blocks = blocks.long()
 
     @contextmanager
@@ -201,9 +207,11 @@ class SwitchLosses:
 
     @torch.no_grad()
     def _loss(self, model: nn.Module) -> float:
+        start = time.perf_counter()
         training, tokens = model.training, self._blocks.to(next(model.parameters()).device)
         loss = float(model.eval()(input_ids=tokens, labels=tokens).loss)
         model.train(training)
+        self.seconds += time.perf_counter() - start
         return loss
 
 
@@ -297,16 +305,22 @@ def number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def tokens_per_second(history: list[dict]) -> float | None:
-    """Over the whole training: the harmonic mean of the logged figures, weighted by their steps."""
+def tokens_per_second(history: list[dict], tokens: int, excluded: float = 0.0) -> float | None:
+    """Over the whole training: the harmonic mean of the logged figures, weighted by their steps.
+
+    Args:
+        history (`list[dict]`): The Trainer's logs.
+        tokens (`int`): Of an optimizer step.
+        excluded (`float`): Seconds that the figures count and that no training took.
+    """
     steps, seconds, last = 0, 0.0, 0
     for entry in history:
         speed = entry.get("loqt/tokens_per_second")
         if "loss" in entry and speed:
-            steps, seconds = steps + entry["step"] - last, seconds + (entry["step"] - last) / speed
+            steps, seconds = steps + entry["step"] - last, seconds + tokens * (entry["step"] - last) / speed
         if "loss" in entry:
             last = entry["step"]
-    return steps / seconds if seconds else None
+    return tokens * steps / (seconds - excluded) if seconds else None
 
 
 def base_model(spec: dict, training: torch.Tensor) -> nn.Module:
@@ -395,7 +409,7 @@ def run(spec: dict, training: torch.Tensor, validation: torch.Tensor) -> dict:
         "overlaps": directions.overlaps,
         "ranks": {name: number(share) for name, share in directions.ranks.items()},
         "bytes": counter.bytes,
-        "tokens_per_second": tokens_per_second(history),
+        "tokens_per_second": tokens_per_second(history, spec["batch"] * spec["model"]["length"], losses.seconds),
         "seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "epochs": spec["steps"] * spec["batch"] / len(training),
