@@ -1,6 +1,7 @@
 """Run by test_distributed.py under torchrun: trains with the Trainer and saves what each process ends up with."""
 
 import itertools
+import os
 import sys
 import types
 
@@ -58,3 +59,8 @@ def main(output_dir, batch_size, accumulation, update_mode, projection):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    # gloo's threads drop tensors that Python knows, and abort the process if the interpreter is ending by then
+    # (pytorch/pytorch#179291); destroy_process_group does not end the threads while DDP holds the group
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -396,10 +396,16 @@ def rest(size: Size, device_bytes) -> list[Variant]:
 
 def long(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """Whether a quantized model stops learning early. Long runs are too dear for grids: rates that did well in short ones."""
-    full = named(rest(size, device_bytes), "full-rank AdamW, the rest at 5 times the rate")
+    five, ten = (
+        named(rest(size, device_bytes), f"full-rank AdamW, the rest at {factor} times the rate") for factor in (5, 10)
+    )
     nq = named(METHODS, NAMES["loqt-nq"])
-    wide = eight_bit(widest(eight_bit, size, device_bytes, device_bytes(LOQT)), RANDOM)
-    return [replace(full, rates=(0.001,)), *(replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM, wide))]
+    limit = device_bytes(LOQT)
+    wide = eight_bit(widest(eight_bit, size, device_bytes, limit), RANDOM)
+    widest_rank = widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, limit)
+    better = fitted(per_layer(eight_bit(widest_rank)), size)
+    slow = [replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM, wide)]
+    return [*(replace(full, rates=(0.001,)) for full in (five, ten)), *slow, replace(better, rates=(0.02,))]
 
 
 STUDIES = {
