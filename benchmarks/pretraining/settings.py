@@ -119,7 +119,8 @@ def method_fields(method: str, size: Size, steps: int, changes: dict) -> dict:
     if method.startswith("loqt"):
         quantization = {"quantize_weight": None, "quantize_projection": None} if method == "loqt-nq" else {}
         config = LoQTConfig.paper("60m", **{"r": size.rank, "loqt_alpha": size.scale, **quantization, **changes})
-        return {name: getattr(config, name) for name in LOQT_FIELDS}
+        # absent unless changed: the other fields, which the finished runs do not name
+        return {name: getattr(config, name) for name in dict.fromkeys((*LOQT_FIELDS, *changes))}
     restart_every = max(1, steps // 4)
     own = {
         "full": {},
@@ -285,6 +286,11 @@ def optimizer_state(size: Size, device_bytes) -> list[Variant]:
     return [Variant(f"`{state}`", "loqt", {"optimizer_state": state}) for state in ("keep", "reset", "rotate")]
 
 
+def update_mode(size: Size, device_bytes) -> list[Variant]:
+    # "whole" leads to the same bits as "backward", which is the default and the paper's recipe
+    return [Variant("`backward`", "loqt"), Variant("`stagger`", "loqt", {"update_mode": "stagger"})]
+
+
 def micro_batches(size: Size, device_bytes) -> list[Variant]:
     of = max(size.micro_batches, 4 if size.batch < 8 else 8)
     counts = [count for count in (1, 2, 4, 8) if count <= of]
@@ -417,6 +423,7 @@ STUDIES = {
     "scale": scale,
     "projection": projection,
     "optimizer_state": optimizer_state,
+    "update_mode": update_mode,
     "micro_batches": micro_batches,
     "equal_bytes": equal_bytes,
     "recipe": recipe,
