@@ -199,6 +199,11 @@ def methods(size: Size, device_bytes) -> list[Variant]:
     return METHODS
 
 
+def on_host(variant: Variant) -> Variant:
+    """With what quantization leaves over kept on the host, and merged again at the next update."""
+    return replace(variant, name=f"{variant.name}, error kept on the host", candidate={"name": "error_feedback"})
+
+
 def compensation(size: Size, device_bytes) -> list[Variant]:
     # with so few steps between updates, what one merges comes close to what quantizing loses
     often = {"interval_schedule": "constant", "update_interval": 10}
@@ -210,6 +215,7 @@ def compensation(size: Size, device_bytes) -> list[Variant]:
         Variant("not quantized, gap 10", "loqt-nq", often),
         *(Variant(f"K = {k}, trained base", "loqt", {"compensation_steps": k}, **trained) for k in (0, 1, 5, 10)),
         Variant("not quantized, trained base", "loqt-nq", **trained),
+        on_host(Variant("K = 5, trained base", "loqt", **trained)),
     ]
 
 
@@ -357,6 +363,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     freeing = [per_layer(eight_bit(r, base)) for r in ranks for base in (LOQT, RANDOM)]
     # whether directions or their basis matter, and how often they should change
     freeing += [per_layer(eight_bit(ranks[-1], base)) for base in (turned, oftener, rarer)]
+    better = fitted(per_layer(eight_bit(ranks[-1])), size)
     return [
         LOQT,
         loqt("random P", projection="random"),
@@ -367,7 +374,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         *(scaled(variant, 0.25) for variant in (rarer, turned, aligned, in_turn)),
         loqt("P of a running average", "running_average", {"decay": 0.9}),
         loqt("moments rotated", optimizer_state="rotate"),
-        loqt("error kept on the host", "error_feedback"),
+        on_host(LOQT),
         loqt("stochastic rounding", "stochastic_rounding"),
         loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
         loqt("Muon for B", "muon"),
@@ -376,6 +383,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         eight_bit(r, RANDOM),
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
+        on_host(better),
     ]
 
 
