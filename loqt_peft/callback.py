@@ -38,7 +38,7 @@ class LoQTTrainerCallback(PerformanceCallback):
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
             callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, an
-            8-bit optimizer with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
+            AdEMAMix with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:
@@ -149,9 +149,9 @@ class LoQTTrainerCallback(PerformanceCallback):
                     f"e.g. {missing[0]}. Create it after `get_peft_model` and give it all trainable parameters."
                 )
             inner = getattr(optimizer, "optimizer", optimizer)
-            eight_bit = isinstance(inner, bnb.optim.optimizer.Optimizer8bit) and inner.args.optim_bits == 8
-            if layers[0][1].config[adapter_name].optimizer_state == "rotate" and eight_bit:
+            has_two = isinstance(inner, (bnb.optim.AdEMAMix, bnb.optim.AdEMAMix32bit))
+            if layers[0][1].config[adapter_name].optimizer_state == "rotate" and has_two:
                 raise ValueError(
-                    f"LoQTTrainerCallback: optimizer_state='rotate' cannot rotate the 8-bit moments of "
-                    f"{type(inner).__name__}. Use 'keep' or 'reset', or a 32-bit optimizer."
+                    f"LoQTTrainerCallback: optimizer_state='rotate' cannot rotate the two first moments of "
+                    f"{type(inner).__name__}. Use 'keep' or 'reset', or AdamW."
                 )

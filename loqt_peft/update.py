@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from torch import nn
 
 from .layer import LoQTLayer, Projected, Switch
@@ -22,8 +23,10 @@ from .schedule import staggered_offsets
 
 logger = logging.getLogger(__name__)
 
-# keys of the first moment in the states of torch's, transformers' and (32-bit) bitsandbytes' optimizers
+# keys of the first moment in the states of torch's, transformers' and bitsandbytes' optimizers
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+# of bitsandbytes' 8-bit states
+MOMENT_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True)
@@ -294,12 +297,24 @@ def _treat_optimizer_state(
         optimizer.state.pop(B, None)
         return
     P_new = layer.projection(adapter_name)
+    state = optimizer.state.get(B, {})
     for key in FIRST_MOMENTS:
-        moment = optimizer.state.get(B, {}).get(key)
-        if isinstance(moment, torch.Tensor) and moment.shape == B.shape and moment.is_floating_point():
-            # old coordinates -> weight space -> new coordinates
-            rotated = moment.float() @ (P_old @ P_new.T) if layer.right else (P_new.T @ P_old) @ moment.float()
-            moment.copy_(rotated)
+        moment = state.get(key)
+        if not isinstance(moment, torch.Tensor) or moment.shape != B.shape:
+            continue
+        # a paged state is a tensor of the host
+        values = moment.to(B.device)
+        in_8_bits = moment.dtype == torch.uint8
+        if in_8_bits:
+            values = dequantize_blockwise(
+                values, absmax=state["absmax1"], code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE
+            )
+        # old coordinates -> weight space -> new coordinates
+        values = values.float() @ (P_old @ P_new.T) if layer.right else (P_new.T @ P_old) @ values.float()
+        if in_8_bits:
+            values, quantized = quantize_blockwise(values, code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
+            state["absmax1"].copy_(quantized.absmax)
+        moment.copy_(values)
 
 
 def _warn_without_gradient(model: nn.Module, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from unittest import mock
@@ -214,6 +215,29 @@ def test_the_running_average_is_that_of_its_definition():
             given = G.clone()
             assert torch.equal(candidate.project(layer, given, 8, "svd"), project(average, 8, "svd"))
             assert torch.equal(given, G)
+
+
+def test_power_iterations_from_the_old_projection_find_the_singular_vectors():
+    candidate, model = make_candidate({"name": "warm_start"}), adapted(quantize_projection=None)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    gradients = []
+    for layer in layers_of(model):
+        U, S, V = torch.linalg.svd(torch.randn(layer.shape), full_matrices=False)
+        S[8:] *= 0.25 * S[7] / S[8]
+        gradients.append(U @ torch.diag(S) @ V)
+        # there are no old directions before the first update
+        assert torch.equal(candidate.project(layer, gradients[-1], 8, "svd"), project(gradients[-1], 8, "svd"))
+    step(model, optimizer, 0)
+    for layer, G in zip(layers_of(model), gradients, strict=True):
+        exact, wrong = project(G, 8, "svd"), []
+        for _ in range(4):
+            P = candidate.project(layer, G, 8, "svd")
+            inner, overlap = (P @ P.T, P @ exact.T) if layer.right else (P.T @ P, P.T @ exact)
+            assert torch.allclose(inner, torch.eye(8), atol=1e-5)
+            wrong.append(8 - float(overlap.square().sum()))
+            layer.loqt_P["default"] = layer.projection_format("default").pack(P)
+        # squared sines of the angles, whose tangents become a sixteenth
+        assert all(new < old for old, new in pairwise(wrong)) and wrong[2] < wrong[1] / 50 and wrong[3] < 1e-4, wrong
 
 
 def test_an_update_pays_from_the_ratio_on_that_was_asked_for():

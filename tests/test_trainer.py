@@ -3,6 +3,7 @@
 import types
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
@@ -357,6 +359,44 @@ def test_optimizer_state_at_a_switch(optimizer_state):
     assert torch.equal(optimizer.state[B]["exp_avg_sq"], second)
 
 
+@pytest.mark.parametrize("optimizer_class", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.Lion8bit])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_8bit_moments_are_rotated(optimizer_class):
+    # large enough for 8-bit states: 64 x 64 numbers and more
+    llama = tiny_llama(hidden_size=64, intermediate_size=100)
+    model = get_peft_model(llama, loqt_config(optimizer_state="rotate", update_interval=3, r=64))
+    layers = [layer for _, layer in loqt_layers(model)]
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def moment_of(layer, key="state1", number="1"):
+        state = optimizer.state[layer.loqt_B["default"]]
+        assert state[key].dtype == torch.uint8
+        absmax, levels = (state[name + number].double() for name in ("absmax", "qmap"))
+        values = levels[state[key].long()].flatten()
+        blocks = nn.functional.pad(values, (0, -values.numel() % 256)).view(-1, 256)
+        return (blocks * absmax.unsqueeze(1)).flatten()[: values.numel()].view(state[key].shape).float()
+
+    model.train()
+    for step in range(4):
+        model.begin_step(step)
+        model(input_ids=token_batch(step), labels=token_batch(step)).loss.backward()
+        optimizer.step()
+        before = [(layer.projection("default"), moment_of(layer)) for layer in layers]
+        model.end_step(optimizer)
+        optimizer.zero_grad()
+        if step == 0:
+            # there was no subspace to turn out of
+            assert all(not moment_of(layer).any() for layer in layers)
+    for layer, (P_old, moment) in zip(layers, before, strict=True):
+        P_new = layer.projection("default")
+        expected = moment @ P_old @ P_new.T if layer.right else P_new.T @ P_old @ moment
+        assert expected.abs().max() > 0
+        # 8 bits: 1.4% of the largest number of a block, at most
+        error = (moment_of(layer) - expected).abs()
+        assert error.max() <= 0.015 * expected.abs().max()
+        assert error.norm() <= 0.03 * expected.norm()
+
+
 def test_rotation_is_the_identity_when_p_stays():
     model = loqt_model(optimizer_state="rotate", update_interval=3, quantize_projection=None)
     layer = next(layer for _, layer in loqt_layers(model))
@@ -408,9 +448,10 @@ def test_optimizer_without_b_is_refused():
         begin(model, optimizer=optimizer)
 
 
-def test_8bit_moments_cannot_be_rotated():
-    with pytest.raises(ValueError, match="optimizer_state='rotate'"):
-        begin(loqt_model(optimizer_state="rotate"), optim="adamw_bnb_8bit")
+@pytest.mark.parametrize("optim", ["ademamix", "ademamix_8bit"])
+def test_two_first_moments_cannot_be_rotated(optim):
+    with pytest.raises(ValueError, match="optimizer_state='rotate' cannot rotate the two first moments of AdEMAMix"):
+        begin(loqt_model(optimizer_state="rotate"), optim=optim)
 
 
 def test_8bit_optimizer_trains(tmp_path):

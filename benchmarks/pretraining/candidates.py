@@ -21,7 +21,7 @@ import loqt_peft.layer
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.compensation import Compensated, compensate
 from loqt_peft.layer import LoQTLayer
-from loqt_peft.projection import expand, is_right, project, random_projection
+from loqt_peft.projection import expand, is_right, project, random_projection, restrict
 from loqt_peft.quantization import BLOCKSIZE, DenseFormat, FourBitFormat
 from loqt_peft.update import active_layers, begin_step, cancel_step
 
@@ -203,6 +203,21 @@ class RunningAverage(Candidate):
         return super().project(layer, gradient, r, method)
 
 
+class WarmStart(Candidate):
+    """P by a power iteration from the old P: the gradient's singular vectors within the span of GᵀG Pᵀ (or GGᵀ P)."""
+
+    def project(self, layer, gradient, r, method):
+        (adapter_name,) = layer.loqt_B
+        if not layer.num_updates(adapter_name):
+            return super().project(layer, gradient, r, method)
+        right, P = is_right(gradient.shape), layer.projection(adapter_name)
+        image = restrict(gradient, P, right)
+        image = gradient.T @ image if right else gradient @ image.T
+        basis = torch.linalg.qr(image).Q
+        basis = basis.T if right else basis
+        return super().project(layer, expand(basis, restrict(gradient, basis, right), right), r, method)
+
+
 class WhenItPays(Candidate):
     """An update that is due takes place only if what it would merge, ‖s·P(B − B₀)‖, is at least `ratio` of what the last
     quantization left, ‖W − deq(Q) − s·PB₀‖, over all layers."""
@@ -297,6 +312,7 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "aligned_basis": AlignedBasis,
     "sweep": Sweep,
     "running_average": RunningAverage,
+    "warm_start": WarmStart,
     "when_it_pays": WhenItPays,
     "muon": MuonForB,
     "rate_of_the_rest": RateOfTheRest,

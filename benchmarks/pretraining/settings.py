@@ -373,6 +373,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         loqt("half of P random", "mixed", {"share": 0.5}),
         *(scaled(variant, 0.25) for variant in (rarer, turned, aligned, in_turn)),
         loqt("P of a running average", "running_average", {"decay": 0.9}),
+        loqt("P by a power iteration from the old P", "warm_start"),
         loqt("moments rotated", optimizer_state="rotate"),
         on_host(LOQT),
         loqt("stochastic rounding", "stochastic_rounding"),
@@ -384,6 +385,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
         on_host(better),
+        replace(better, name=f"{better.name}, moments rotated", fields={**better.fields, "optimizer_state": "rotate"}),
     ]
 
 
