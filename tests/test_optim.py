@@ -103,6 +103,7 @@ LARGE = {"llama": {"hidden_size": 64}, "config": {"r": 64}}
         {"optim": "paged_adamw_8bit", **LARGE},
         {"config": {"optimizer_state": "reset"}},
         {"config": {"optimizer_state": "rotate"}},
+        {"optim": "adamw_bnb_8bit", "llama": {"hidden_size": 64}, "config": {"r": 64, "optimizer_state": "rotate"}},
         {"bf16": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
