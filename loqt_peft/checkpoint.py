@@ -38,9 +38,12 @@ _SAMPLE_STEP = 2654435761
 _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64)
 _QUANT_TYPES = (None, "nf4", "fp4")
 _DOUBLE = 16
+_FEEDBACK = 32
 _FOUR_BIT_BASE = 256
 
 TENSORS = ("loqt_B", "loqt_P", "loqt_weight", "loqt_state")
+# goes with the weight, into its checksum
+ERROR = "loqt_error"
 
 
 @dataclass
@@ -49,13 +52,13 @@ class Seal:
 
     Attributes:
         format_version (`int`): [`FORMAT_VERSION`] of the package that saved it.
-        checksums (`tuple[int, int, int, int]`): CRC-32 of B, P, W and the update state; 0 without W.
+        checksums (`tuple[int, int, int, int]`): CRC-32 of B, P, W with its error, and the update state; 0 without W.
         dtypes (`tuple[int, int, int, int]`): Their dtypes.
         layers (`int`): CRC-32 of the names of all LoQT layers.
         rest_names (`int`): CRC-32 of the names of the adapter's tensors outside LoQT layers.
         rest_dtypes (`int`): CRC-32 of their dtypes.
         rest (`int`): CRC-32 of their contents.
-        weight_format (`int`): Quantization of W.
+        weight_format (`int`): Quantization of W, and whether its error is kept.
         projection_format (`int`): Quantization of P.
         scaling (`float`): s.
         base_storage (`int`): dtype or quantization of the base weight.
@@ -140,17 +143,32 @@ def _named_checksum(name: str, tensor: torch.Tensor, start: int = 0) -> int:
     return checksum(tensor, zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), start))
 
 
+def _part_checksum(name: str, part: str, tensors: dict[str, torch.Tensor], tensor: torch.Tensor | None = None) -> int:
+    """Of a part of a layer, or of `tensor` in its place; 0 if there is none."""
+    tensor = tensors.get(part) if tensor is None else tensor
+    if tensor is None:
+        return 0
+    start = 0
+    if part == "loqt_weight" and ERROR in tensors:
+        start = _named_checksum(f"{name}.{ERROR}", tensors[ERROR])
+    return _named_checksum(f"{name}.{part}", tensor, start)
+
+
 def _dtype_code(dtype: torch.dtype) -> int:
     return _DTYPES.index(dtype)
 
 
-def _quantization_code(quant_type: str | None, double_quant: bool) -> int:
-    return 0 if quant_type is None else _QUANT_TYPES.index(quant_type) + _DOUBLE * double_quant
+def _quantization_code(quant_type: str | None, double_quant: bool, error_feedback: bool = False) -> int:
+    if quant_type is None:
+        return 0
+    return _QUANT_TYPES.index(quant_type) + _DOUBLE * double_quant + _FEEDBACK * error_feedback
 
 
 def _quantization_name(code: int) -> str:
     name = _QUANT_TYPES[code % _DOUBLE] if code % _DOUBLE < len(_QUANT_TYPES) else f"unknown ({code})"
-    return repr(name) + (" with double_quant" if code >= _DOUBLE else "")
+    flags = {_DOUBLE: "double_quant", _FEEDBACK: "error_feedback"}
+    given = [flag for bit, flag in flags.items() if code & bit]
+    return repr(name) + (f" with {' and '.join(given)}" if given else "")
 
 
 def base_storage_code(weight: torch.Tensor) -> int:
@@ -243,20 +261,18 @@ def seal_adapter(
     layer_names = _names_checksum(map(canonical, layers))
     seals = {}
     for name, layer in layers.items():
-        own = [tensors.get(f"{name}.{part}.{adapter_name}") for part in TENSORS]
+        keys = {part: f"{name}.{part}.{adapter_name}" for part in (*TENSORS, ERROR)}
+        own = {part: tensors[key] for part, key in keys.items() if key in tensors}
         config = layer.config[adapter_name]
         storage, base_sample = layer.base_sample()
         seals[f"{name}.loqt_seal.{adapter_name}"] = Seal(
-            checksums=tuple(
-                0 if tensor is None else _named_checksum(f"{canonical(name)}.{part}", tensor)
-                for part, tensor in zip(TENSORS, own, strict=True)
-            ),
-            dtypes=tuple(0 if tensor is None else _dtype_code(tensor.dtype) for tensor in own),
+            checksums=tuple(_part_checksum(canonical(name), part, own) for part in TENSORS),
+            dtypes=tuple(_dtype_code(own[part].dtype) if part in own else 0 for part in TENSORS),
             layers=layer_names,
             rest_names=rest_names,
             rest_dtypes=rest_dtypes,
             rest=rest_content,
-            weight_format=_quantization_code(config.quantize_weight, config.double_quant),
+            weight_format=_quantization_code(config.quantize_weight, config.double_quant, config.error_feedback),
             projection_format=_quantization_code(config.quantize_projection, config.double_quant),
             scaling=float(layer.scaling[adapter_name]),
             base_storage=storage,
@@ -318,7 +334,7 @@ def verify_adapter(
     saved_rest: dict[str, torch.Tensor] = {}
     for key, tensor in state_dict.items():
         name, _, part = canonical(key).rpartition(".")
-        if part in (*TENSORS, "loqt_seal"):
+        if part in (*TENSORS, ERROR, "loqt_seal"):
             saved.setdefault(name, {})[part] = tensor
         else:
             saved_rest[canonical(key)] = tensor
@@ -391,11 +407,11 @@ def _verify_layer(name, layer, adapter_name, tensors, seals, problems) -> None:
     seals[name] = seal
 
     config = layer.config[adapter_name]
-    for field_name, code in (
-        ("quantize_weight", seal.weight_format),
-        ("quantize_projection", seal.projection_format),
+    for field_name, code, feedback in (
+        ("quantize_weight", seal.weight_format, config.error_feedback),
+        ("quantize_projection", seal.projection_format, False),
     ):
-        expected = _quantization_code(getattr(config, field_name), config.double_quant)
+        expected = _quantization_code(getattr(config, field_name), config.double_quant, feedback)
         if code != expected:
             problems.add(
                 f"Another storage format, {field_name}={_quantization_name(code)} in the adapter and "
@@ -409,6 +425,9 @@ def _verify_layer(name, layer, adapter_name, tensors, seals, problems) -> None:
 
     if bool(seal.checksums[2]) != ("loqt_weight" in tensors):
         problems.add("Missing in the adapter" if seal.checksums[2] else "Superfluous", f"{name}.loqt_weight")
+    if (ERROR in tensors) != bool("loqt_weight" in tensors and seal.weight_format & _FEEDBACK):
+        problems.add("Superfluous" if ERROR in tensors else "Missing in the adapter", f"{name}.{ERROR}")
+        return
     shapes, rank = layer.tensor_shapes(adapter_name), layer.r[adapter_name]
     saved_rank = _rank(tensors["loqt_B"], layer) if "loqt_B" in tensors else rank
     if saved_rank not in (rank, None):
@@ -425,9 +444,9 @@ def _verify_layer(name, layer, adapter_name, tensors, seals, problems) -> None:
             wider = dtype < len(_DTYPES) and tensor.is_floating_point() and _DTYPES[dtype] is not None
             if not wider or torch.promote_types(tensor.dtype, _DTYPES[dtype]) != tensor.dtype:
                 problems.add(f"Saved in another dtype than {tensor.dtype}", f"{name}.{part}")
-            elif _named_checksum(f"{name}.{part}", tensor.to(_DTYPES[dtype])) != crc:
+            elif _part_checksum(name, part, tensors, tensor.to(_DTYPES[dtype])) != crc:
                 problems.add("The tensors do not match their checksums", f"{name}.{part}")
-        elif _named_checksum(f"{name}.{part}", tensor) != crc:
+        elif _part_checksum(name, part, tensors) != crc:
             problems.add("The tensors do not match their checksums", f"{name}.{part}")
 
 

@@ -84,6 +84,13 @@ class LoQTConfig(PeftConfig):
     compensation_steps: int = field(
         default=5, metadata={"help": "K, iterations of error compensation at a switch. 0 turns compensation off."}
     )
+    error_feedback: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what quantization and compensation left over of W, itself quantized like W, in the memory of the "
+            "host, and merge it at the next switch, so that errors do not add up. Needs quantize_weight."
+        },
+    )
     update_interval: int = field(default=100, metadata={"help": "τ of the gaps between updates, in optimizer steps."})
     interval_schedule: Literal["exponential", "linear", "constant"] = field(
         default="exponential", metadata={"help": "gap_i = τ + ⌊ψ^i⌋, τ + ⌊ψ·i⌋ or τ."}
@@ -203,8 +210,13 @@ class LoQTConfig(PeftConfig):
         )
         choice("quantize_weight", (*QUANT_TYPES, None))
         choice("quantize_projection", (*QUANT_TYPES, None))
-        for name in ("double_quant", "init_weights"):
+        for name in ("double_quant", "error_feedback", "init_weights"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
+        check(
+            "error_feedback",
+            not self.error_feedback or self.quantize_weight is not None,
+            "False with quantize_weight=None, which leaves no error",
+        )
         choice("update_mode", UPDATE_MODES)
         offload = self.offload_gradients
         check("offload_gradients", offload is None or isinstance(offload, bool), "True, False or None")

@@ -84,12 +84,15 @@ class Switch(NamedTuple):
         statistics (`torch.Tensor`):
             float64 `[6]`: squared norms of the merged s·PB, the merged weight, the quantization error before and after
             compensation, the gradient within the span of P, and the gradient (both zero where none was recorded).
+        error (`torch.Tensor`, *optional*):
+            With `error_feedback`: W − deq(Q) − s·PB, in the storage format of the weight.
     """
 
     weight: torch.Tensor
     P: torch.Tensor
     B: torch.Tensor
     statistics: torch.Tensor
+    error: torch.Tensor | None = None
 
 
 class Projected(NamedTuple):
@@ -167,8 +170,9 @@ class _CompiledGradientTap(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-def _place_base_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
+def _offload_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
     layer._place_base()
+    layer._place_error()
 
 
 class LoQTLayer(BaseTunerLayer):
@@ -176,8 +180,8 @@ class LoQTLayer(BaseTunerLayer):
 
     Per adapter: `loqt_B`, the only trainable matrix; `loqt_P`, the projection; `loqt_state`, the number of updates and
     whether one is pending; `loqt_seal`, zeros but in a saved adapter; and, from the first switch on, `loqt_weight`, the
-    weight with everything learned before that switch merged in. The base layer is never written to: an adapter is the
-    change deq(W_q) − W_base + s·PB.
+    weight with everything learned before that switch merged in, and with `error_feedback` `loqt_error`, what it lacks of
+    that, on the host. The base layer is never written to: an adapter is the change deq(W_q) − W_base + s·PB.
     """
 
     adapter_layer_names: tuple[str, ...] = ("loqt_B",)
@@ -187,6 +191,7 @@ class LoQTLayer(BaseTunerLayer):
         "config",
         "loqt_P",
         "loqt_weight",
+        "loqt_error",
         "loqt_state",
         "loqt_seal",
     )
@@ -201,6 +206,7 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_B = nn.ParameterDict({})
         self.loqt_P = BufferDict({}, persistent=True)
         self.loqt_weight = BufferDict({}, persistent=True)
+        self.loqt_error = BufferDict({}, persistent=True)
         self.loqt_state = BufferDict({}, persistent=True)
         self.loqt_seal = BufferDict({}, persistent=True)
         # reading `loqt_state` waits for the device: buffer, its version and the values last read from it
@@ -234,7 +240,7 @@ class LoQTLayer(BaseTunerLayer):
         # of a 4-bit base the dtype that it dequantizes to
         state = getattr(base_layer.weight, "quant_state", None)
         self._quantized_dtype = None if state is None else state.dtype
-        self.register_load_state_dict_post_hook(_place_base_after_load)
+        self.register_load_state_dict_post_hook(_offload_after_load)
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.weight.shape
             self.fan_in_fan_out = True
@@ -333,7 +339,7 @@ class LoQTLayer(BaseTunerLayer):
             self.loqt_weight[adapter_name] = torch.zeros_like(self.loqt_weight[adapter_name], dtype=weight.dtype)
 
     def allocate_weight(self, adapter_name: str, drifted: bool) -> None:
-        """Allocate or drop the slot of the drifted weight.
+        """Allocate or drop the slot of the drifted weight, and that of its error.
 
         Raises:
             ValueError: If it is to be dropped, and the base weights are gone.
@@ -341,9 +347,14 @@ class LoQTLayer(BaseTunerLayer):
         if drifted and adapter_name not in self.loqt_weight:
             device = self.loqt_P[adapter_name].device
             self.loqt_weight[adapter_name] = self.weight_format(adapter_name).empty(device)
+            if self.config[adapter_name].error_feedback:
+                # zeros: an adapter that was made for tests has none
+                self.loqt_error[adapter_name] = self.weight_format(adapter_name).empty("cpu")
         elif not drifted and adapter_name in self.loqt_weight:
             self.require_base("Loading a state from before the first switch")
             del self.loqt_weight[adapter_name]
+            if adapter_name in self.loqt_error:
+                del self.loqt_error[adapter_name]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # `load_state_dict` drops keys without a slot, so the slots are made to fit before the children load
@@ -518,11 +529,17 @@ class LoQTLayer(BaseTunerLayer):
         if self.quantization_backend is not None:
             self.get_base_layer().support_avx512bf16_for_cpu = self._repacks_on_cpu
 
+    def _place_error(self) -> None:
+        for adapter_name, error in self.loqt_error.items():
+            if error.device.type not in ("cpu", "meta"):
+                self.loqt_error[adapter_name] = error.cpu()
+
     def _apply(self, fn, recurse=True):
         module = super()._apply(fn, recurse)
-        # `model.to(device)` brought an offloaded base weight back
+        # `model.to(device)` brought to the device what was offloaded
         if self.loqt_weight:
             self._place_base()
+            self._place_error()
         return module
 
     ###############################
@@ -676,26 +693,28 @@ class LoQTLayer(BaseTunerLayer):
         Returns:
             [`Switch`]
         """
-        B = self.loqt_B[adapter_name]
+        B, weight_format = self.loqt_B[adapter_name], self.weight_format(adapter_name)
         W = self.low_rank_weight(adapter_name)
         change = squared_norm(W)
         W.add_(self._frozen_weight(adapter_name))
+        if adapter_name in self.loqt_error:
+            W.add_(weight_format.unpack(self.loqt_error[adapter_name].to(W.device)))
         if projected is None:
             P, energies = self.loqt_P[adapter_name], W.new_zeros(2)
         else:
             P, energies = projected.P.to(W.device, non_blocking=True), projected.energies
-        new = compensate(
-            W,
-            # P is zero where no gradient has ever come by: B then stays zero
-            self.projection_format(adapter_name).unpack(P),
-            self.weight_format(adapter_name),
-            self.scaling[adapter_name],
-            self.config[adapter_name].compensation_steps,
-            B.dtype,
-        )
+        # P is zero where no gradient has ever come by: B then stays zero
+        unpacked, scale = self.projection_format(adapter_name).unpack(P), self.scaling[adapter_name]
+        steps = self.config[adapter_name].compensation_steps
+        new = compensate(W, unpacked, weight_format, scale, steps, B.dtype)
         norms = torch.stack([change, squared_norm(W)])
         errors = torch.stack([new.error_before, new.error_after])
-        return Switch(new.weight, P, new.B, torch.cat([norms, errors, energies]).double())
+        error = None
+        if self.config[adapter_name].error_feedback:
+            # of what the forward pass will see
+            W.sub_(weight_format.unpack(new.weight)).sub_(expand(unpacked, new.B.float(), self.right).mul_(scale))
+            error = weight_format.pack(W)
+        return Switch(new.weight, P, new.B, torch.cat([norms, errors, energies]).double(), error)
 
     def empty_switch(self, adapter_name: str) -> Switch:
         """A [`Switch`] of the right shapes and dtypes, to be received from another process."""
@@ -705,6 +724,7 @@ class LoQTLayer(BaseTunerLayer):
             self.projection_format(adapter_name).empty(device),
             torch.empty_like(B),
             torch.zeros(6, dtype=torch.float64, device=device),
+            self.weight_format(adapter_name).empty(device) if self.config[adapter_name].error_feedback else None,
         )
 
     @torch.no_grad()
@@ -713,6 +733,8 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_P[adapter_name] = switch.P
         self.loqt_B[adapter_name].copy_(switch.B)
         self.loqt_weight[adapter_name] = switch.weight
+        if switch.error is not None:
+            self.loqt_error[adapter_name] = switch.error.cpu()
         self._write_state(adapter_name, self.num_updates(adapter_name) + 1, False)
         self._place_base()
 

@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import TENSORS, canonical, seal_adapter, verify_adapter
+from .checkpoint import ERROR, TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
 from .layer import Linear, LoQTLayer
 from .target_modules import TARGET_MODULES_MAPPING
@@ -157,7 +157,7 @@ class _VerifyOnFirstForward:
             saved = {
                 f"{name}.{part}": getattr(layer, part)[self.adapter_name]
                 for name, layer in layers.items()
-                for part in (*TENSORS, "loqt_seal")
+                for part in (*TENSORS, ERROR, "loqt_seal")
                 if self.adapter_name in getattr(layer, part)
             }
             saved |= {key: own[name] for key, name in _rest_names(model, config, self.adapter_name).items()}
@@ -207,7 +207,7 @@ class LoQTModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
         # names are those in the PeftModel, which is what DDP wraps.
-        containers = ("loqt_P", "loqt_weight", "loqt_state", "loqt_seal")
+        containers = ("loqt_P", "loqt_weight", "loqt_error", "loqt_state", "loqt_seal")
         return [
             f"base_model.{name}.{container}.{adapter_name}"
             for name, layer in loqt_layers(self)

@@ -274,9 +274,10 @@ def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
         switch = layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
     else:
         switch = layer.empty_switch(adapter_name)
-    switch = Switch(*(tensor.contiguous() for tensor in switch))
+    switch = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
     for tensor in switch:
-        dist.broadcast(tensor, src=owner)
+        if tensor is not None:
+            dist.broadcast(tensor, src=owner)
     return switch
 
 

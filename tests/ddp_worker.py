@@ -17,10 +17,14 @@ from loqt_peft.update import loqt_layers
 
 def main(output_dir, batch_size, accumulation, update_mode, projection):
     # P in 32 bits and W dense in one of the layers' formats would hide nothing: all is quantized here
-    model = get_peft_model(
-        tiny_llama(),
-        loqt_config(update_interval=2, full_rank_modules="all", update_mode=update_mode, projection=projection),
+    config = loqt_config(
+        update_interval=2,
+        full_rank_modules="all",
+        update_mode=update_mode,
+        projection=projection,
+        error_feedback=True,
     )
+    model = get_peft_model(tiny_llama(), config)
     gradients = {}
 
     class KeepGradients(LoQTTrainerCallback):

@@ -43,10 +43,12 @@ def top_singular_vectors(G, r):
 class ReferenceLinear:
     """One weight `[out, in]` with its P and B, all dense float32."""
 
-    def __init__(self, W, r, s, K, quantize_weight, quantize_projection, double_quant=False):
+    def __init__(self, W, r, s, K, quantize_weight, quantize_projection, double_quant=False, error_feedback=False):
         self.right = W.shape[1] <= W.shape[0]
         self.Q, self.r, self.s, self.K = W.clone(), r, s, K
         self.formats = (quantize_weight, quantize_projection, double_quant)
+        # what W lacks, if it is kept
+        self.error, self.error_feedback = torch.zeros_like(W), error_feedback
         self.P = torch.zeros((r, W.shape[1]) if self.right else (W.shape[0], r))
         self.B = torch.zeros((W.shape[0], r) if self.right else (r, W.shape[1]), requires_grad=True)
 
@@ -62,7 +64,7 @@ class ReferenceLinear:
     @torch.no_grad()
     def switch(self, G):
         quantize_weight, quantize_projection, double_quant = self.formats
-        W = self.weight().clone()
+        W = self.weight() + self.error
         self.P = quantize_dequantize(top_singular_vectors(G, self.r), quantize_projection, double_quant)
         # Algorithm 2
         Q, B = quantize_dequantize(W, quantize_weight, double_quant), torch.zeros_like(self.B)
@@ -77,6 +79,8 @@ class ReferenceLinear:
                 best = (error, Q, B)
         self.Q = best[1]
         self.B.copy_(best[2])
+        if self.error_feedback:
+            self.error = quantize_dequantize(W - self.weight(), quantize_weight, double_quant)
 
     @torch.no_grad()
     def synchronize(self, layer, adapter_name="default"):
@@ -84,3 +88,5 @@ class ReferenceLinear:
         self.P = layer.projection(adapter_name)
         self.B.copy_(layer.loqt_B[adapter_name])
         self.Q = layer.effective_weight(adapter_name) - self.low_rank(self.B)
+        if self.error_feedback:
+            self.error = layer.weight_format(adapter_name).unpack(layer.loqt_error[adapter_name])

@@ -103,6 +103,7 @@ def test_resume_is_bit_identical_from_every_step(tmp_path):
         {"config": {"optimizer_state": "rotate"}},
         {"config": {"optimizer_state": "reset", "quantize_weight": None, "quantize_projection": None}},
         {"config": {"double_quant": True, "retain_base": "drop"}},
+        {"config": {"error_feedback": True}},
         {"config": {"projection": "random"}},
     ],
     ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()),
@@ -294,6 +295,7 @@ def adapter_dir(base_dir, tmp_path_factory):
         ({"quantize_weight": "fp4"}, r"quantize_weight='nf4' in the adapter and 'fp4' in this model"),
         ({"quantize_projection": None}, r"quantize_projection='nf4' in the adapter and None in this model"),
         ({"double_quant": True}, r"'nf4' in the adapter and 'nf4' with double_quant in this model"),
+        ({"error_feedback": True}, r"'nf4' in the adapter and 'nf4' with error_feedback in this model"),
         ({"loqt_alpha": 1.0}, r"Another scale, 0.5 in the adapter and 1 in this model"),
         ({"full_rank_modules": None}, r"no place for: model\.norm\.weight"),
         ({"full_rank_modules": ["norm", "embed_tokens"]}, r"Missing in the adapter: model\.embed_tokens\.weight"),
@@ -435,9 +437,70 @@ def test_layers_that_traded_places_are_refused(tmp_path):
         PeftModel.from_pretrained(small_llama(), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def feedback_dir(base_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("feedback")
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(error_feedback=True))
+    train_steps(model, 2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("load", ["peft", "transformers"])
+def test_the_kept_error_travels_with_the_adapter(base_dir, feedback_dir, load):
+    model = load_llama(base_dir, "dense")
+    if load == "peft":
+        model = PeftModel.from_pretrained(model, feedback_dir)
+    else:
+        model.load_adapter(str(feedback_dir))
+    logits(model)
+    saved = load_file(feedback_dir / "adapter_model.safetensors")
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in loqt_layers(model)}
+    for name, layer in layers.items():
+        (adapter_name,) = layer.loqt_error
+        assert torch.equal(layer.loqt_error[adapter_name], saved[f"base_model.model.{name}.loqt_error"]), name
+        assert layer.loqt_error[adapter_name].any()
+    assert len(layers) == 7
+    if load == "peft":
+        model.add_adapter("other", loqt_config(error_feedback=True))
+        model.delete_adapter("default")
+        assert not any("default" in layer.loqt_error for layer in layers.values())
+
+
 ###############################
 # Damage
 ###############################
+
+
+@pytest.mark.parametrize(
+    "damage, match",
+    [
+        ("missing", r"Missing in the adapter: model\.layers\.0\.mlp\.down_proj\.loqt_error"),
+        ("bit", r"do not match their checksums: model\.layers\.0\.mlp\.down_proj\.loqt_weight"),
+        ("other layer", r"do not match their checksums: model\.layers\.0\.mlp\.down_proj\.loqt_weight"),
+        ("longer", r"do not match their checksums: model\.layers\.0\.mlp\.down_proj\.loqt_weight"),
+        ("no weight", r"Superfluous: model\.layers\.0\.mlp\.down_proj\.loqt_error"),
+    ],
+)
+def test_a_damaged_error_is_refused(base_dir, feedback_dir, tmp_path, damage, match):
+    shutil.copytree(feedback_dir, tmp_path / "adapter")
+    file, key = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.model.layers.0.mlp.down_proj."
+    state = load_file(file)
+    error = state.pop(key + "loqt_error")
+    if damage == "bit":
+        error[100] ^= 1
+    elif damage == "other layer":
+        other = key.replace("down", "up") + "loqt_error"
+        error, state[other] = state[other], error
+    elif damage == "longer":
+        error = torch.cat([error, error[:16]])
+    elif damage == "no weight":
+        del state[key + "loqt_weight"]
+    if damage != "missing":
+        state[key + "loqt_error"] = error.clone()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=match):
+        PeftModel.from_pretrained(load_llama(base_dir, "dense"), tmp_path / "adapter")
 
 
 def header_and_data(path):

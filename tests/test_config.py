@@ -34,6 +34,7 @@ from loqt_peft import LoQTConfig
         ("projection", "qr", "'svd', 'eigh', 'randomized', 'random'"),
         ("optimizer_state", "drop", "'keep', 'reset', 'rotate'"),
         ("full_rank_modules", "embed_tokens", "'all' or a list"),
+        ("error_feedback", 1, "True or False"),
         ("retain_base", "disk", "'device', 'cpu', 'drop'"),
         ("offload_gradients", 1, "True, False or None"),
         ("update_mode", "layerwise", "'backward', 'stagger', 'whole'"),
@@ -53,6 +54,7 @@ def test_bad_value_is_named(field, value, allowed):
         ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern"),
         ({"full_rank_modules": ["head"], "modules_to_save": ["head"]}, "full_rank_modules"),
+        ({"quantize_weight": None, "error_feedback": True}, "error_feedback=True is not allowed: False with quantize"),
     ],
 )
 def test_bad_combination_is_named(kwargs, field):

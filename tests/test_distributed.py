@@ -33,7 +33,7 @@ def test_processes_end_with_the_same_bits_and_the_global_gradient(
     tmp_path, accumulation, update_mode, projection, captured
 ):
     first, second = run(tmp_path / "two", 2, 4, accumulation, update_mode, projection)
-    assert any("loqt_weight" in key for key in first)
+    assert all(sum(name in key for key in first) == 14 for name in ("loqt_weight", "loqt_error"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
     # the other modes of a process by itself leave no gradient to look at

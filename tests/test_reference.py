@@ -13,18 +13,29 @@ from loqt_peft import LoQTConfig
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])
 @pytest.mark.parametrize(
-    "quantize_weight, quantize_projection, double_quant",
-    [("nf4", "nf4", False), ("nf4", "nf4", True), ("fp4", None, False), (None, "nf4", False), (None, None, False)],
+    "quantize_weight, quantize_projection, double_quant, error_feedback",
+    [
+        ("nf4", "nf4", False, False),
+        ("nf4", "nf4", False, True),
+        ("nf4", "nf4", True, False),
+        ("fp4", None, False, False),
+        ("fp4", None, True, True),
+        (None, "nf4", False, False),
+        (None, None, False, False),
+    ],
 )
 @pytest.mark.parametrize("K", [0, 5])
-def test_layer_follows_the_reference_through_switches(shape, quantize_weight, quantize_projection, double_quant, K):
+def test_layer_follows_the_reference_through_switches(
+    shape, quantize_weight, quantize_projection, double_quant, error_feedback, K
+):
     # a seed with which no element lies so near the middle of two levels that its last bits choose between them
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(8)
     W = torch.randn(shape, generator=generator) / shape[1] ** 0.5
     kwargs = {
         "quantize_weight": quantize_weight,
         "quantize_projection": quantize_projection,
         "double_quant": double_quant,
+        "error_feedback": error_feedback,
     }
     reference = ReferenceLinear(W, 8, 0.5, K, **kwargs)
     model, layer = single_linear(W, loqt_alpha=0.5, compensation_steps=K, update_interval=4, **kwargs)
@@ -45,7 +56,8 @@ def test_layer_follows_the_reference_through_switches(shape, quantize_weight, qu
 
         for optimizer in optimizers:
             optimizer.step()
-        merged, change = reference.weight().detach(), reference.low_rank(reference.B).detach()
+        merged = reference.weight().detach() + reference.error
+        change = reference.low_rank(reference.B).detach()
         if due:
             reference.switch(weight.grad)
         update = model.end_step(optimizers[1])
@@ -61,12 +73,40 @@ def test_layer_follows_the_reference_through_switches(shape, quantize_weight, qu
 
         expected, actual = reference.weight().detach(), layer.effective_weight("default")
         assert torch.linalg.norm(actual - expected) <= 1e-5 * torch.linalg.norm(expected)
+        assert ("default" in layer.loqt_error) is error_feedback
+        if error_feedback:
+            left_over = layer.weight_format("default").unpack(layer.loqt_error["default"])
+            assert torch.linalg.norm(left_over - reference.error) <= 1e-3 * torch.linalg.norm(reference.error)
         if due:
             # Both are right by now. Rounding to 4 bits turns their last bits into whole levels at the next switch, so they
             # go on from the same one.
             reference.synchronize(layer)
         expected, actual = reference.forward(x).detach(), model(x).detach()
         assert torch.linalg.norm(actual - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("K", [0, 5])
+def test_with_error_feedback_errors_do_not_add_up(K):
+    torch.manual_seed(0)
+    W = torch.randn(96, 64) / 8
+    errors = {}
+    for feedback in (False, True):
+        # P turns with each of the twelve switches, so that compensation has something else to take up; nothing is learned
+        model, layer = single_linear(W, compensation_steps=K, update_interval=1, error_feedback=feedback)
+        errors[feedback] = []
+        torch.manual_seed(1)
+        for step in range(12):
+            model.begin_step(step)
+            (model(torch.randn(32, 64)) * torch.randn(32, 96)).sum().backward()
+            model.end_step()
+            errors[feedback].append(relative(layer.effective_weight("default") - W, W))
+    assert errors[True][0] == errors[False][0]
+    if K:
+        assert errors[False][-1] > 1.3 * errors[False][0]
+    assert max(errors[True]) < 1.1 * errors[True][0]
+    # what is lost of an error in 4 bits is a tenth of a tenth
+    kept = layer.effective_weight("default") + layer.weight_format("default").unpack(layer.loqt_error["default"])
+    assert relative(kept - W, W) < 0.04
 
 
 def relative(X, Y):

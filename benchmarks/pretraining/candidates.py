@@ -74,24 +74,6 @@ class Candidate:
             yield
 
 
-class ErrorFeedback(Candidate):
-    """What quantization and compensation left over is kept on the host, in float32, and merged again at the next update.
-
-    So W + error is what a full-precision copy of the weight would hold; the device holds the same as without.
-    """
-
-    def __init__(self):
-        self.left_over: WeakKeyDictionary[LoQTLayer, torch.Tensor] = WeakKeyDictionary()
-
-    def compensate(self, layer, W, P, storage, scale, steps, dtype):
-        if layer in self.left_over:
-            W = W + self.left_over[layer].to(W.device)
-        new = super().compensate(layer, W, P, storage, scale, steps, dtype)
-        low_rank = expand(P, new.B.float(), is_right(W.shape)).mul_(scale)
-        self.left_over[layer] = (W - storage.unpack(new.weight) - low_rank).cpu()
-        return new
-
-
 def stochastically_rounded(W: torch.Tensor, quant_type: str, generator: torch.Generator) -> torch.Tensor:
     """W `[out, in]`, float32, with each element at one of its two neighbouring 4-bit levels, W on average."""
     levels = get_4bit_type(quant_type, device=W.device).float().sort().values
@@ -305,7 +287,6 @@ class RateOfTheRest(Candidate):
 
 
 CANDIDATES: dict[str, type[Candidate]] = {
-    "error_feedback": ErrorFeedback,
     "stochastic_rounding": StochasticRounding,
     "mixed": Mixed,
     "random_basis": RandomBasis,

@@ -199,9 +199,9 @@ def methods(size: Size, device_bytes) -> list[Variant]:
     return METHODS
 
 
-def on_host(variant: Variant) -> Variant:
+def with_feedback(variant: Variant) -> Variant:
     """With what quantization leaves over kept on the host, and merged again at the next update."""
-    return replace(variant, name=f"{variant.name}, error kept on the host", candidate={"name": "error_feedback"})
+    return replace(variant, name=f"{variant.name}, error feedback", fields={**variant.fields, "error_feedback": True})
 
 
 def compensation(size: Size, device_bytes) -> list[Variant]:
@@ -215,7 +215,8 @@ def compensation(size: Size, device_bytes) -> list[Variant]:
         Variant("not quantized, gap 10", "loqt-nq", often),
         *(Variant(f"K = {k}, trained base", "loqt", {"compensation_steps": k}, **trained) for k in (0, 1, 5, 10)),
         Variant("not quantized, trained base", "loqt-nq", **trained),
-        on_host(Variant("K = 5, trained base", "loqt", **trained)),
+        with_feedback(Variant("K = 5, trained base", "loqt", **trained)),
+        with_feedback(Variant("K = 0, trained base", "loqt", {"compensation_steps": 0}, **trained)),
     ]
 
 
@@ -375,7 +376,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         loqt("P of a running average", "running_average", {"decay": 0.9}),
         loqt("P by a power iteration from the old P", "warm_start"),
         loqt("moments rotated", optimizer_state="rotate"),
-        on_host(LOQT),
+        with_feedback(LOQT),
         loqt("stochastic rounding", "stochastic_rounding"),
         loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
         loqt("Muon for B", "muon"),
@@ -384,7 +385,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         eight_bit(r, RANDOM),
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
-        on_host(better),
+        with_feedback(better),
         replace(better, name=f"{better.name}, moments rotated", fields={**better.fields, "optimizer_state": "rotate"}),
     ]
 
