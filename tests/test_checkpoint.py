@@ -467,6 +467,15 @@ def test_the_kept_error_travels_with_the_adapter(base_dir, feedback_dir, load):
         assert not any("default" in layer.loqt_error for layer in layers.values())
 
 
+def test_a_state_from_before_the_first_switch_brings_no_error_back(base_dir):
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(error_feedback=True))
+    before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    train_steps(model, 2)
+    assert all(layer.loqt_error["default"].any() for _, layer in loqt_layers(model))
+    set_peft_model_state_dict(model, before)
+    assert not any(layer.loqt_error or layer.loqt_weight for _, layer in loqt_layers(model))
+
+
 ###############################
 # Damage
 ###############################
