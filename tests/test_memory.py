@@ -3,13 +3,14 @@
 import gc
 import json
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from common import TokenDataset, loqt_config, tiny_llama
+from common import TokenDataset, loqt_config, single_linear, tiny_llama
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -137,6 +138,26 @@ def test_what_an_earlier_measurement_left_is_not_freed_by_a_later_one(monkeypatc
         assert measure_on_cpu(LLAMA, full) == alone
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("r", [32, 64])
+def test_error_feedback_needs_no_more_memory_at_a_switch(r):
+    def peak(error_feedback):
+        torch.manual_seed(0)
+        model, layer = single_linear(torch.randn(256, 256) / 16, r=r, error_feedback=error_feedback, update_interval=1)
+        for step in range(2):
+            model.begin_step(step)
+            (model(torch.randn(8, 256)) * torch.randn(8, 256)).sum().backward()
+            model.end_step()
+        projected = layer.project_gradient("default", torch.randn(256, 256))
+        assert bool(layer.loqt_error) is error_feedback
+        gc.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            layer.compute_switch("default", projected)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+    assert peak(True) == peak(False) > 2 * 4 * 256**2
 
 
 @pytest.mark.parametrize("update_mode", ["backward", "stagger"])
