@@ -97,6 +97,7 @@ class LoQTArguments:
     quantize_projection: Literal["nf4", "fp4", "none"] = config_field("quantize_projection")
     double_quant: bool = config_field("double_quant")
     compensation_steps: int = config_field("compensation_steps")
+    error_feedback: bool = config_field("error_feedback")
     update_interval: int = config_field("update_interval")
     interval_schedule: Literal["exponential", "linear", "constant"] = config_field("interval_schedule")
     interval_growth: float = config_field("interval_growth")

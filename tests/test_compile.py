@@ -49,7 +49,7 @@ def test_updates_with_random_directions_need_no_graph_of_their_own(base_dir):
 
 @pytest.mark.parametrize("base, quantize", [("dense", None), ("4bit", "nf4")])
 def test_compiled_training(base_dir, base, quantize):
-    formats = {"quantize_weight": quantize, "quantize_projection": quantize}
+    formats = {"quantize_weight": quantize, "quantize_projection": quantize, "error_feedback": quantize is not None}
     gradients, _ = train(base_dir, base, update_mode="whole", **formats)
     compiled_gradients, graphs = train(base_dir, base, backend="aot_eager", **formats)
     # step 0 runs on the base weights, 1 and 3 bring the two graphs of all further steps
