@@ -59,6 +59,7 @@ class MemoryOptions:
         full_rank (`bool`, *optional*):
             Whether embeddings, norms, biases and the head are trained; `None`: not with LoRA and QLoRA.
         retain_base (`str`): As in [`LoQTConfig`].
+        error_feedback (`bool`): As in [`LoQTConfig`]; for LoQT only.
 
     Raises:
         ValueError: If a field has a value that is not allowed; the message names field, value and what is allowed.
@@ -81,6 +82,7 @@ class MemoryOptions:
     projection: str = "randomized"
     full_rank: bool | None = None
     retain_base: str = "cpu"
+    error_feedback: bool = False
 
     def __post_init__(self) -> None:
         def choice(name: str, choices) -> None:
@@ -98,7 +100,7 @@ class MemoryOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: an integer of at least 1.")
-        for name in ("per_layer", "gradient_checkpointing", "double_quant"):
+        for name in ("per_layer", "gradient_checkpointing", "double_quant", "error_feedback"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: True or False.")
         if self.offload_gradients not in (True, False, None):
@@ -116,6 +118,8 @@ class MemoryOptions:
         needed = {"qlora": "4bit", "lora": "dense", "full": "dense", "galore": "dense"}.get(self.method, self.base)
         if self.base != needed:
             raise ValueError(f"base={self.base!r} is not allowed with method={self.method!r}: only {needed!r}.")
+        if self.error_feedback and self.method != "loqt":
+            raise ValueError(f"error_feedback=True is not allowed with method={self.method!r}: only 'loqt'.")
         if self.method in ("full", "galore") and not self.full_rank:
             raise ValueError(f"full_rank=False is not allowed with method={self.method!r}: it trains every weight.")
 
@@ -678,6 +682,11 @@ class ClosedForm:
         held = Counter()
         if options.trains_loqt and options.retain_base == "cpu":
             held["base weights"] = self._base_weights()
+        if options.error_feedback:
+            formats = (
+                storage_format(x.shape, "nf4", options.double_quant, DTYPES[options.dtype]) for x in self.shape.linears
+            )
+            held["error"] = layers * sum(each.nbytes for each in formats)
         if options.trains_loqt and self._captures and self._offloads():
             updated = 1 if options.update_mode == "stagger" else layers
             if options.update_mode == "whole" or options.gradient_accumulation_steps > 1:

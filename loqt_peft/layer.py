@@ -348,8 +348,8 @@ class LoQTLayer(BaseTunerLayer):
             device = self.loqt_P[adapter_name].device
             self.loqt_weight[adapter_name] = self.weight_format(adapter_name).empty(device)
             if self.config[adapter_name].error_feedback:
-                # zeros: an adapter that was made for tests has none
-                self.loqt_error[adapter_name] = self.weight_format(adapter_name).empty("cpu")
+                place = device if device.type == "meta" else "cpu"
+                self.loqt_error[adapter_name] = self.weight_format(adapter_name).empty(place)
         elif not drifted and adapter_name in self.loqt_weight:
             self.require_base("Loading a state from before the first switch")
             del self.loqt_weight[adapter_name]
@@ -446,6 +446,11 @@ class LoQTLayer(BaseTunerLayer):
         if self.quantization_backend is None:
             return base_storage_code(weight), sample(weight.detach())
         return base_storage_code(weight), sample(self._base_weight())
+
+    def kept_error(self, adapter_name: str) -> torch.Tensor | None:
+        """With `error_feedback`, what the last switch left over of the weight, packed, on the device of the computation."""
+        error = self.loqt_error[adapter_name] if adapter_name in self.loqt_error else None
+        return None if error is None else error.to(self._compute_device())
 
     def effective_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
@@ -697,8 +702,8 @@ class LoQTLayer(BaseTunerLayer):
         W = self.low_rank_weight(adapter_name)
         change = squared_norm(W)
         W.add_(self._frozen_weight(adapter_name))
-        if adapter_name in self.loqt_error:
-            W.add_(weight_format.unpack(self.loqt_error[adapter_name].to(W.device)))
+        if (error := self.kept_error(adapter_name)) is not None:
+            W.add_(weight_format.unpack(error))
         if projected is None:
             P, energies = self.loqt_P[adapter_name], W.new_zeros(2)
         else:

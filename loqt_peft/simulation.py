@@ -256,6 +256,7 @@ def build_model(config: PreTrainedConfig, options: MemoryOptions, device: str = 
             retain_base=options.retain_base,
             offload_gradients=options.offload_gradients,
             projection=options.projection,
+            error_feedback=options.error_feedback,
             num_updates=updates,
             task_type="CAUSAL_LM",
         )
@@ -332,6 +333,8 @@ class Run:
         for layer in self._loqt_layers():
             layer._move_base = lambda device, layer=layer: self._move_base(layer, device)
             layer.stop_capture = lambda stop=layer.stop_capture: self._stop_capture(stop)
+            layer.kept_error = lambda name, kept=layer.kept_error: self._to_device(kept(name))
+            layer.write_switch = lambda *args, layer=layer, write=layer.write_switch: self._write(layer, write, args)
 
     def _decoder_layers(self, count: int) -> nn.ModuleList:
         for module in self.model.modules():
@@ -400,8 +403,16 @@ class Run:
             projected = projected._replace(P=self._to_device(projected.P))
         return gradient, projected
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.counter.place(tensor) == HOST:
+    def _write(self, layer: LoQTLayer, write: Callable, arguments: tuple) -> None:
+        write(*arguments)
+        self._register_error(layer)
+
+    def _register_error(self, layer: LoQTLayer) -> None:
+        for tensor in layer.loqt_error.values():
+            self.counter.register(tensor, "error", HOST)
+
+    def _to_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is not None and self.counter.place(tensor) == HOST:
             # `tensor.to(device)` does nothing on `meta`
             tensor = torch.empty_like(tensor)
             self.counter.register(tensor, "temporaries", DEVICE)
@@ -464,6 +475,7 @@ class Run:
         for layer in self._loqt_layers():
             for tensor in layer.loqt_weight.values():
                 register(tensor, "weights")
+            self._register_error(layer)
             for tensor in layer.loqt_P.values():
                 register(tensor, "P")
         head = self.model.get_output_embeddings()

@@ -325,6 +325,27 @@ def test_rank_above_the_width_is_clamped_as_in_training():
     assert "clamped: q_proj to 256" in clamped.notes[0]
 
 
+@pytest.mark.parametrize("base", ["4bit", "dense"])
+@pytest.mark.parametrize("double_quant, bytes_of_one", [(False, 0.5625), (True, 0.516)])
+def test_the_error_that_is_kept_lies_on_the_host(base, double_quant, bytes_of_one):
+    for simulated_too in (False, True):
+        without, predicted = (
+            estimate_memory(
+                LLAMA, rank=32, base=base, double_quant=double_quant, error_feedback=feedback, simulate=simulated_too
+            )
+            for feedback in (False, True)
+        )
+        weights = sum(linear.numel for linear in ModelShape.from_config(LLAMA, "").linears) * LLAMA.num_hidden_layers
+        assert predicted.host["error"] == pytest.approx(bytes_of_one * weights, rel=0.002)
+        # in a simulation also the new error of one layer
+        of_updates = {"error", "temporaries"}
+        assert {k: v for k, v in predicted.host.items() if k not in of_updates} == {
+            k: v for k, v in without.host.items() if k not in of_updates
+        }
+        assert predicted.host.get("temporaries", 0) <= without.host.get("temporaries", 0) + predicted.host["error"] / 4
+        assert predicted.phases == without.phases
+
+
 @pytest.mark.parametrize("optimizer, bytes_of_one", [("paged_adamw", 8), ("paged_adamw_8bit", 2)])
 def test_paged_optimizer_state_lies_on_the_host(optimizer, bytes_of_one):
     # bitsandbytes' moments are float32, or 8 bits and the absmax of blocks, whatever the dtype of the weights is
@@ -349,6 +370,7 @@ def test_paged_optimizer_state_lies_on_the_host(optimizer, bytes_of_one):
         ({"per_layer": 1}, "per_layer=1 is not allowed: True or False"),
         ({"method": "full", "base": "4bit"}, "base='4bit' is not allowed with method='full'"),
         ({"method": "full", "full_rank": False}, "full_rank=False is not allowed with method='full'"),
+        ({"method": "loqt-nq", "error_feedback": True}, "error_feedback=True is not allowed with method='loqt-nq'"),
         ({"ranks": 8}, "ranks=8 is not allowed: the options are method"),
         ({"budget": "24 apples"}, "budget='24 apples' is not allowed"),
         ({"method": "galore", "simulate": True}, "method='galore' cannot be simulated"),
