@@ -27,7 +27,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.pretraining import compare, methods, report, results, settings, text, training
 from benchmarks.pretraining.errors import CompareError
 from benchmarks.pretraining.relora import merge_and_restart, relora_schedule
-from benchmarks.pretraining.settings import LOQT, METHODS, NAMES, SIZES, STUDIES, Variant, key_of, make_spec
+from benchmarks.pretraining.settings import (
+    LOQT,
+    METHODS,
+    NAMES,
+    SIZES,
+    STUDIES,
+    Variant,
+    key_of,
+    make_spec,
+    with_feedback,
+)
 from loqt_peft import LoQTConfig
 from loqt_peft.update import loqt_layers
 
@@ -609,6 +619,10 @@ def test_bytes_are_those_of_a_hand_count():
     blocks = sum(-(-a * b // 64) for a, b in shapes) + sum(-(-r * min(shape) // 64) for shape in shapes)
     saved = counted["loqt-nq"]["weights"] - counted["loqt"]["weights"]
     assert saved == 4 * (n + small) - (n + small) // 2 - 4 * blocks
+    # the error of W, in NF4 too, lies where the base weights are
+    kept = run_tiny(tiny_spec(with_feedback(BY_METHOD["loqt"]), steps=2))["bytes"]
+    error = n // 2 + 4 * sum(-(-a * b // 64) for a, b in shapes)
+    assert kept == {**counted["loqt"], "host": 4 * n + error}
 
 
 def test_bytes_of_one_step_are_those_of_many():

@@ -179,8 +179,8 @@ def table(plan, done: dict[str, dict]) -> str:
         f"({runs[0]['epochs']:.2g} epochs), "
         f"{spec['dtype']}, seeds {', '.join(map(str, plan.seeds))}. Mean ± standard error of the mean over the seeds. Loss "
         "in nats a token, memory in bytes, counted from the tensors of the trained model. The host's bytes are the "
-        "original base weights, which LoQT sets aside (`retain_base`). Updates are LoQT's, ReLoRA's restarts, GaLore's "
-        "and APOLLO's new projections. tokens/s depends on what ran beside it.\n",
+        "original base weights, which LoQT sets aside (`retain_base`), and what `error_feedback` keeps. Updates are "
+        "LoQT's, ReLoRA's restarts, GaLore's and APOLLO's new projections. tokens/s depends on what ran beside it.\n",
         markdown_table(HEADER, rows),
     ]
     directions = direction_rows(plan, done)

@@ -79,7 +79,7 @@ class ByteCounter(TrainerCallback):
     Attributes:
         bytes (`dict[str, int]`):
             "weights" (packed weights, absmax, projections, buffers), "gradients" (the most that lay there at once),
-            "optimizer", and "host": the base weights that LoQT keeps aside after its first update.
+            "optimizer", and "host": what LoQT keeps aside after its first update, base weights and `error_feedback`'s errors.
     """
 
     def __init__(self, model: nn.Module):
@@ -104,8 +104,10 @@ class ByteCounter(TrainerCallback):
             for _, layer in loqt_layers(model)
             if all(layer.num_updates(name) for name in layer.active_adapters)
         ]
-        ids = {id(p) for p in aside}
-        self.bytes["weights"] = count_bytes([*(p for p in model.parameters() if id(p) not in ids), *model.buffers()])
+        aside += [error for _, layer in loqt_layers(model) for error in layer.loqt_error.values()]
+        ids = {id(tensor) for tensor in aside}
+        held = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in ids]
+        self.bytes["weights"] = count_bytes(held)
         self.bytes["optimizer"] = count_bytes(tensors_in(dict(enumerate(optimizer.state.values()))))
         self.bytes["host"] = count_bytes(aside)
 
