@@ -332,6 +332,13 @@ def per_layer(variant: Variant) -> Variant:
     return replace(variant, name=f"{variant.name}, per-layer updates", per_layer=True)
 
 
+def rotated(variant: Variant) -> Variant:
+    """With B's first moments rotated into the new subspace."""
+    return replace(
+        variant, name=f"{variant.name}, moments rotated", fields={**variant.fields, "optimizer_state": "rotate"}
+    )
+
+
 def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's.
 
@@ -386,7 +393,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
         with_feedback(better),
-        replace(better, name=f"{better.name}, moments rotated", fields={**better.fields, "optimizer_state": "rotate"}),
+        rotated(better),
     ]
 
 
