@@ -333,10 +333,9 @@ def per_layer(variant: Variant) -> Variant:
 
 
 def rotated(variant: Variant) -> Variant:
-    """With B's first moments rotated into the new subspace."""
-    return replace(
-        variant, name=f"{variant.name}, moments rotated", fields={**variant.fields, "optimizer_state": "rotate"}
-    )
+    """With B's first moments rotated into the new subspace, at the learning rate that is best without."""
+    fields = {**variant.fields, "optimizer_state": "rotate"}
+    return replace(variant, name=f"{variant.name}, moments rotated", fields=fields, rates=(0.02,))
 
 
 def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
@@ -392,7 +391,6 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         eight_bit(r, RANDOM),
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
-        with_feedback(better),
         rotated(better),
     ]
 
