@@ -38,7 +38,7 @@ class LoQTTrainerCallback(PerformanceCallback):
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
             callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, an
-            AdEMAMix with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
+            AdEMAMix optimizer with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:

@@ -143,15 +143,14 @@ def _named_checksum(name: str, tensor: torch.Tensor, start: int = 0) -> int:
     return checksum(tensor, zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), start))
 
 
-def _part_checksum(name: str, part: str, tensors: dict[str, torch.Tensor], tensor: torch.Tensor | None = None) -> int:
-    """Of a part of a layer, or of `tensor` in its place; 0 if there is none."""
-    tensor = tensors.get(part) if tensor is None else tensor
-    if tensor is None:
+def _part_checksum(name: str, part: str, tensors: dict[str, torch.Tensor]) -> int:
+    """Of a part of a layer; 0 if there is none."""
+    if part not in tensors:
         return 0
     start = 0
     if part == "loqt_weight" and ERROR in tensors:
         start = _named_checksum(f"{name}.{ERROR}", tensors[ERROR])
-    return _named_checksum(f"{name}.{part}", tensor, start)
+    return _named_checksum(f"{name}.{part}", tensors[part], start)
 
 
 def _dtype_code(dtype: torch.dtype) -> int:
@@ -444,7 +443,7 @@ def _verify_layer(name, layer, adapter_name, tensors, seals, problems) -> None:
             wider = dtype < len(_DTYPES) and tensor.is_floating_point() and _DTYPES[dtype] is not None
             if not wider or torch.promote_types(tensor.dtype, _DTYPES[dtype]) != tensor.dtype:
                 problems.add(f"Saved in another dtype than {tensor.dtype}", f"{name}.{part}")
-            elif _part_checksum(name, part, tensors, tensor.to(_DTYPES[dtype])) != crc:
+            elif _named_checksum(f"{name}.{part}", tensor.to(_DTYPES[dtype])) != crc:
                 problems.add("The tensors do not match their checksums", f"{name}.{part}")
         elif _part_checksum(name, part, tensors) != crc:
             problems.add("The tensors do not match their checksums", f"{name}.{part}")

@@ -604,10 +604,13 @@ class ClosedForm:
 
     def _base_weights(self) -> int:
         """The original weights, which LoQT keeps beside the drifted ones."""
-        numels = [linear.numel for linear in self.shape.linears]
         if self.options.base == "dense":
-            return self.shape.layers * self.size * sum(numels)
-        return self.shape.layers * sum(sum(self._four_bit(numel)) for numel in numels)
+            return self.shape.layers * self.size * sum(linear.numel for linear in self.shape.linears)
+        return self._four_bit_weights()
+
+    def _four_bit_weights(self) -> int:
+        """All targeted weights in 4 bits."""
+        return self.shape.layers * sum(sum(self._four_bit(linear.numel)) for linear in self.shape.linears)
 
     @property
     def _captures(self) -> bool:
@@ -683,10 +686,7 @@ class ClosedForm:
         if options.trains_loqt and options.retain_base == "cpu":
             held["base weights"] = self._base_weights()
         if options.error_feedback:
-            formats = (
-                storage_format(x.shape, "nf4", options.double_quant, DTYPES[options.dtype]) for x in self.shape.linears
-            )
-            held["error"] = layers * sum(each.nbytes for each in formats)
+            held["error"] = self._four_bit_weights()
         if options.trains_loqt and self._captures and self._offloads():
             updated = 1 if options.update_mode == "stagger" else layers
             if options.update_mode == "whole" or options.gradient_accumulation_steps > 1:

@@ -349,6 +349,16 @@ def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Vari
     return [galore, LOQT, *quarter, *(scaled(wide, s) for s in (0.125, 0.25))]
 
 
+def widest_per_layer(size: Size, device_bytes: Callable[[Variant], int], limit: int) -> int:
+    """As [`widest`], with 8-bit moments and per-layer updates."""
+    return widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, limit)
+
+
+def better(size: Size, r: int) -> Variant:
+    """The better recipe, its moments not rotated, with the rank that its bytes allow."""
+    return fitted(per_layer(eight_bit(r)), size)
+
+
 def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     """What might beat the paper's recipe at no more bytes on the device."""
 
@@ -366,11 +376,10 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     r = widest(eight_bit, size, device_bytes, limit)
     # with per-layer updates for the paper's recipe too, and for the wider one alone
     limits = (device_bytes(per_layer(LOQT)), limit)
-    ranks = sorted({widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, most) for most in limits})
+    ranks = sorted({widest_per_layer(size, device_bytes, most) for most in limits})
     freeing = [per_layer(eight_bit(r, base)) for r in ranks for base in (LOQT, RANDOM)]
     # whether directions or their basis matter, and how often they should change
     freeing += [per_layer(eight_bit(ranks[-1], base)) for base in (turned, oftener, rarer)]
-    better = fitted(per_layer(eight_bit(ranks[-1])), size)
     return [
         LOQT,
         loqt("random P", projection="random"),
@@ -391,7 +400,7 @@ def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
         eight_bit(r, RANDOM),
         *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
         *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
-        rotated(better),
+        rotated(better(size, ranks[-1])),
     ]
 
 
@@ -424,10 +433,9 @@ def long(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
     nq = named(METHODS, NAMES["loqt-nq"])
     limit = device_bytes(LOQT)
     wide = eight_bit(widest(eight_bit, size, device_bytes, limit), RANDOM)
-    widest_rank = widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, limit)
-    better = fitted(per_layer(eight_bit(widest_rank)), size)
     slow = [replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM, wide)]
-    return [*(replace(full, rates=(0.001,)) for full in (five, ten)), *slow, replace(better, rates=(0.02,))]
+    fast = replace(better(size, widest_per_layer(size, device_bytes, limit)), rates=(0.02,))
+    return [*(replace(full, rates=(0.001,)) for full in (five, ten)), *slow, fast]
 
 
 STUDIES = {
