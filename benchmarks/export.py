@@ -55,7 +55,7 @@ print(json.dumps(math.exp(sum(losses) / len(losses))))
 
 LOAD = """
 import sys
-from loqt_peft.__main__ import load_base
+from loqt_peft.cli.adapter import load_base
 from peft import PeftConfig, PeftModel
 model = PeftModel.from_pretrained(load_base(PeftConfig.from_pretrained(sys.argv[1]), sys.argv[2]), sys.argv[1])
 # what is mapped from a file is not resident before it is read
@@ -66,7 +66,7 @@ print(max(p.numel() * 4 for name, p in model.named_parameters() if name.endswith
 
 EXPORT = """
 import sys
-from loqt_peft.__main__ import main
+from loqt_peft.cli.main import main
 if main(sys.argv[1:]):
     sys.exit("the export failed")
 """

@@ -1,11 +1,63 @@
 """LoQT (arXiv 2405.16528) for Hugging Face PEFT. Importing it registers the tuner type `LOQT`."""
 
-from peft.utils import PeftType, register_peft_method
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 
 
-def _register_peft_type() -> None:
+if TYPE_CHECKING:
+    from .callback import LoQTTrainerCallback
+    from .checkpoint import get_last_checkpoint
+    from .config import LoQTConfig
+    from .memory import estimate_memory, plan_memory
+    from .model import LoQTModel
+    from .optim import per_layer, per_layer_optimizer
+    from .performance import PerformanceCallback
+
+# public name -> the module that it is imported from when it is first asked for
+_MODULES = {
+    "LoQTConfig": "config",
+    "LoQTModel": "model",
+    "LoQTTrainerCallback": "callback",
+    "PerformanceCallback": "performance",
+    "estimate_memory": "memory",
+    "get_last_checkpoint": "checkpoint",
+    "per_layer": "optim",
+    "per_layer_optimizer": "optim",
+    "plan_memory": "memory",
+}
+
+__all__ = [
+    "LoQTConfig",
+    "LoQTModel",
+    "LoQTTrainerCallback",
+    "PerformanceCallback",
+    "__version__",
+    "estimate_memory",
+    "get_last_checkpoint",
+    "per_layer",
+    "per_layer_optimizer",
+    "plan_memory",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _add_peft_type() -> None:
+    from peft.utils import PeftType
+
     # PEFT has no public way to add a type. Only what every version's enum has is touched, and a member that PEFT may one
     # day have of its own is used as it is.
     if "LOQT" in PeftType.__members__:
@@ -20,28 +72,24 @@ def _register_peft_type() -> None:
     PeftType._value2member_map_["LOQT"] = member
 
 
-_register_peft_type()
+def register() -> None:
+    """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
 
-from .callback import LoQTTrainerCallback  # noqa: E402
-from .checkpoint import get_last_checkpoint  # noqa: E402
-from .config import LoQTConfig  # noqa: E402
-from .memory import estimate_memory, plan_memory  # noqa: E402
-from .model import LoQTModel  # noqa: E402
-from .optim import per_layer, per_layer_optimizer  # noqa: E402
-from .performance import PerformanceCallback  # noqa: E402
+    _add_peft_type()
+    from .config import LoQTConfig
+    from .model import LoQTModel
+
+    if PEFT_TYPE_TO_TUNER_MAPPING.get("LOQT") is not LoQTModel:
+        register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
 
 
-register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
+def _is_command_line() -> bool:
+    # `python -m loqt_peft` imports this package while it looks for `__main__`, and says so by this name of the program
+    return Path(sys.argv[0] if sys.argv else "").stem in ("-m", "loqt")
 
-__all__ = [
-    "LoQTConfig",
-    "LoQTModel",
-    "LoQTTrainerCallback",
-    "PerformanceCallback",
-    "__version__",
-    "estimate_memory",
-    "get_last_checkpoint",
-    "per_layer",
-    "per_layer_optimizer",
-    "plan_memory",
-]
+
+# the import takes seconds, which `loqt --help` need not wait for
+if not _is_command_line():
+    register()

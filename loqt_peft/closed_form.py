@@ -14,16 +14,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from .config import RETAIN_BASE, UPDATE_MODES
+from .choices import (
+    BASES,
+    DTYPES,
+    ESTIMATED_METHODS,
+    ESTIMATED_OPTIMIZERS,
+    ESTIMATED_PROJECTIONS,
+    RETAIN_BASE,
+    UPDATE_MODES,
+)
 from .projection import is_right, projection_shape, sketch_width, trainable_shape
 from .quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
 
 
-METHODS = ("loqt", "loqt-nq", "lora", "qlora", "galore", "full")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-BASES = ("4bit", "dense")
-ESTIMATED_PROJECTIONS = ("randomized", "random")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # decoders of this form: RMSNorm, attention with rotary embeddings, a gated MLP
 CLOSED_FORM_TYPES = ("llama", "mistral", "qwen2")
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -90,8 +93,8 @@ class MemoryOptions:
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(map(repr, choices))}.")
 
-        choice("method", METHODS)
-        choice("optimizer", OPTIMIZERS)
+        choice("method", ESTIMATED_METHODS)
+        choice("optimizer", ESTIMATED_OPTIMIZERS)
         choice("dtype", DTYPES)
         choice("update_mode", UPDATE_MODES)
         choice("retain_base", RETAIN_BASE)
@@ -299,8 +302,8 @@ class ClosedForm:
 
     def __init__(self, shape: ModelShape, options: MemoryOptions) -> None:
         self.shape, self.options = shape, options
-        self.size = torch.empty(0, dtype=DTYPES[options.dtype]).element_size()
-        self.adapter_size = torch.empty(0, dtype=DTYPES[options.adapter_dtype]).element_size()
+        self.size = torch.empty(0, dtype=getattr(torch, options.dtype)).element_size()
+        self.adapter_size = torch.empty(0, dtype=getattr(torch, options.adapter_dtype)).element_size()
         self.tokens = options.batch_size * options.sequence_length
 
     ###############################
@@ -335,7 +338,7 @@ class ClosedForm:
             return 0
         shape = projection_shape(linear.shape, min(options.rank, *linear.shape))
         if options.method == "loqt":
-            return storage_format(shape, "nf4", options.double_quant, DTYPES[options.dtype]).nbytes
+            return storage_format(shape, "nf4", options.double_quant, getattr(torch, options.dtype)).nbytes
         return self.size * math.prod(shape)
 
     def adapter(self, linear: Linear) -> list[int]:

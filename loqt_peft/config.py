@@ -9,15 +9,18 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .checkpoint import FORMAT_VERSION, newer_version
+from .choices import (
+    INTERVAL_SCHEDULES,
+    OPTIMIZER_STATES,
+    PROJECTIONS,
+    QUANT_TYPES,
+    RETAIN_BASE,
+    UPDATE_MODES,
+)
 from .model_card import describe_saved_adapter
-from .projection import PROJECTIONS
-from .quantization import QUANT_TYPES
-from .schedule import INTERVAL_SCHEDULES, UpdateSchedule
+from .schedule import UpdateSchedule
 
 
-OPTIMIZER_STATES = ("keep", "reset", "rotate")
-RETAIN_BASE = ("device", "cpu", "drop")
-UPDATE_MODES = ("backward", "stagger", "whole")
 # rank, scale and compensation steps by model size
 PAPER = {
     "60m": {"r": 128, "loqt_alpha": 0.4, "compensation_steps": 5},

@@ -24,16 +24,16 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .choices import EXPORT_FORMATS, QUANT_TYPES
 from .layer import LoQTLayer, dense_layer, source_class
 from .model import LoQTModel, full_rank_parameters
-from .quantization import QUANT_TYPES, undo_cpu_packing
+from .quantization import undo_cpu_packing
 from .update import loqt_layers
 
 
 if TYPE_CHECKING:
     from .config import LoQTConfig
 
-FORMATS = ("dense", "bnb-4bit", "lora")
 _PEFT_PREFIX = "base_model.model."
 # by these files a folder is taken for a model; left beside a new one, some would be loaded in its place
 _MODEL_FILES = (
@@ -146,8 +146,8 @@ def check_rank(to: str, rank: int | float | None) -> None:
     Raises:
         ValueError: If `to` is no format, or `rank` not a rank or energy threshold where there must be one.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to={to!r} is not allowed: one of {', '.join(map(repr, FORMATS))}.")
+    if to not in EXPORT_FORMATS:
+        raise ValueError(f"to={to!r} is not allowed: one of {', '.join(map(repr, EXPORT_FORMATS))}.")
     if to != "lora":
         if rank is not None:
             raise ValueError(f"rank={rank!r} is not allowed with to={to!r}: only a LoRA adapter has a rank.")

@@ -1,4 +1,4 @@
-"""What a check of a model finds: one `Finding` for each thing that is not in order, and how findings become errors and warnings."""
+"""What a check of a model finds, and how findings become errors and warnings."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from .choices import OF_GRADIENT
 
-OF_GRADIENT = ("svd", "eigh", "randomized")
-PROJECTIONS = (*OF_GRADIENT, "random")
+
 # of the randomized range finder
 MIN_OVERSAMPLING, OVERSAMPLING_SHARE = 32, 8
 # share of the mean eigenvalue of a Gram matrix

@@ -25,7 +25,6 @@ from bitsandbytes.functional import (
 )
 
 
-QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 # bitsandbytes' CUDA kernels read vectors of 16 bytes

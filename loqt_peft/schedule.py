@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 
-INTERVAL_SCHEDULES = ("exponential", "linear", "constant")
-
-
 @dataclass(frozen=True)
 class UpdateSchedule:
     r"""The update steps T_0 = 0, T_{i+1} = T_i + gap_i, as a pure function of the optimizer step.

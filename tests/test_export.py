@@ -35,7 +35,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from loqt_peft import export
-from loqt_peft.__main__ import base_class, load_base, main
+from loqt_peft.cli.adapter import base_class, load_base
+from loqt_peft.cli.main import main
 from loqt_peft.quantization import FourBitFormat
 from loqt_peft.update import loqt_layers
 

@@ -24,8 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
-import loqt_peft.__main__
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
+from loqt_peft.cli.main import main
 from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
 from loqt_peft.memory import required_bytes
 from loqt_peft.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
@@ -447,7 +447,7 @@ def test_plan_of_the_impossible():
 
 
 def run(capsys, *arguments):
-    status = loqt_peft.__main__.main(["estimate", *map(str, arguments)])
+    status = main(["estimate", *map(str, arguments)])
     return status, *capsys.readouterr()
 
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
-from .closed_form import DTYPES, ESTIMATED_PROJECTIONS, METHODS, OPTIMIZERS
-from .config import RETAIN_BASE, UPDATE_MODES
-from .memory import CONTEXT_BYTES, FRAGMENTATION, MemoryEstimate, MemoryPlan, estimate_memory, plan_memory
+from ..choices import (
+    BASES,
+    DTYPES,
+    ESTIMATED_METHODS,
+    ESTIMATED_OPTIMIZERS,
+    ESTIMATED_PROJECTIONS,
+    RETAIN_BASE,
+    UPDATE_MODES,
+)
+
+
+if TYPE_CHECKING:
+    from ..memory import MemoryEstimate, MemoryPlan
 
 
 GB = 10**9
@@ -45,9 +56,9 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
     )
     yes_no = argparse.BooleanOptionalAction
     parser.add_argument("model", metavar="MODEL", help="name on the Hub, folder, or config.json")
-    parser.add_argument("--method", choices=METHODS, help="default: loqt")
+    parser.add_argument("--method", choices=ESTIMATED_METHODS, help="default: loqt")
     parser.add_argument("--rank", type=int, help="default: 256")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: adamw")
+    parser.add_argument("--optimizer", choices=ESTIMATED_OPTIMIZERS, help="default: adamw")
     parser.add_argument("--per-layer", action=yes_no, help="apply and free each gradient within the backward pass")
     parser.add_argument("--gradient-checkpointing", action=yes_no)
     parser.add_argument("--batch-size", type=int, help="sequences of a micro-batch (default: 1)")
@@ -55,7 +66,7 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--gradient-accumulation-steps", type=int, help="default: 1")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: bfloat16)")
     parser.add_argument("--adapter-dtype", choices=DTYPES, help="of the adapter (default: that of the weights)")
-    parser.add_argument("--base", choices=("4bit", "dense"), help="how the model is loaded (default: by method)")
+    parser.add_argument("--base", choices=BASES, help="how the model is loaded (default: by method)")
     parser.add_argument("--double-quant", action=yes_no)
     parser.add_argument("--update-mode", choices=UPDATE_MODES, help="default: backward")
     parser.add_argument("--offload-gradients", action=yes_no, help="default: by update mode")
@@ -80,6 +91,8 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
 
 def estimate_command(options: argparse.Namespace) -> None:
     """Print an estimate or a plan."""
+    from ..memory import estimate_memory, plan_memory
+
     chosen = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     how = {"simulate": options.simulate, "all_layers": options.all_layers}
     if options.plan:
@@ -110,6 +123,8 @@ def _settings(estimate: MemoryEstimate, names: tuple[str, ...] = FIELDS) -> str:
 
 
 def _margin() -> str:
+    from ..memory import CONTEXT_BYTES, FRAGMENTATION
+
     return (
         f"assumed margin: {FRAGMENTATION:.0%} for the allocator, {CONTEXT_BYTES // 1024**2} MiB for the CUDA context"
     )
