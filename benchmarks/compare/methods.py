@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils.import_utils import is_apollo_torch_available, is_galore_torch_available
 
-from benchmarks.pretraining.candidates import Candidate, make_candidate
-from benchmarks.pretraining.relora import ReLoRACallback, relora_schedule
-from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
+from benchmarks.compare.measures import SwitchLosses
+from benchmarks.compare.relora import ReLoRACallback, relora_schedule
+from loqt_peft import LoQTConfig, PerformanceCallback
 from loqt_peft.update import begin_step
 
 
@@ -39,14 +39,13 @@ class Prepared:
     callbacks: list[TrainerCallback]
     arguments: dict = field(default_factory=dict)
     schedule: Callable[[torch.optim.Optimizer, TrainingArguments], LRScheduler] | None = None
-    candidate: Candidate = field(default_factory=Candidate)
 
 
-class LastMicroBatches(LoQTTrainerCallback):
+class LastMicroBatches(SwitchLosses):
     """Takes P from the last `count` micro-batches of an update step, and not from all."""
 
-    def __init__(self, count: int):
-        super().__init__()
+    def __init__(self, count: int, validation: torch.Tensor):
+        super().__init__(validation)
         self.count = count
         self._done = 0
 
@@ -97,18 +96,43 @@ def add_lora(model: nn.Module, fields: dict) -> nn.Module:
     return adapted
 
 
-def prepare(spec: dict, model: nn.Module) -> Prepared:
-    """The model as the method of `spec` trains it, and what the Trainer needs to know."""
+def rest_rate(spec: dict) -> float | None:
+    """The factor on the learning rate of embeddings, norms and head, if a run has one."""
+    return spec["candidate"] and spec["candidate"]["factor"]
+
+
+def with_rest_at(
+    factor: float, model: nn.Module, kind: type[torch.optim.Optimizer], options: dict
+) -> torch.optim.Optimizer:
+    """An optimizer of class `kind` with `options`, in which embeddings, norms and head train at `factor` times the rate."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    at_the_ends = {id(p) for module in ends for p in module.parameters()}
+    blocks, rest = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (rest if parameter.ndim < 2 or id(parameter) in at_the_ends else blocks).append(parameter)
+    groups = {"params": blocks}, {"params": rest, "lr": factor * options["lr"]}
+    return kind(groups, **options)
+
+
+def prepare(spec: dict, model: nn.Module, validation: torch.Tensor) -> Prepared:
+    """The model as the method of `spec` trains it, and what the Trainer needs to know.
+
+    Args:
+        spec (`dict`): See [`settings.make_spec`].
+        model (`nn.Module`): What the method starts from.
+        validation (`torch.Tensor`): Token blocks `[blocks, length]`, whose loss is noted around the switches of LoQT.
+    """
     method, fields = spec["method"], spec["fields"]
     if method.startswith("loqt"):
         adapted = get_peft_model(model, LoQTConfig(**fields), autocast_adapter_dtype=False)
-        count, candidate = spec["projection_micro_batches"], make_candidate(spec["candidate"])
-        callback = candidate.callback() if count is None else LastMicroBatches(count)
-        return Prepared(adapted, [callback], candidate=candidate)
+        count = spec["projection_micro_batches"]
+        callback = SwitchLosses(validation) if count is None else LastMicroBatches(count, validation)
+        return Prepared(adapted, [callback])
     if method == "full":
-        return Prepared(model, [PerformanceCallback()], candidate=make_candidate(spec["candidate"]))
+        return Prepared(model, [PerformanceCallback()])
     if method == "lora":
-        return Prepared(add_lora(model, fields), [PerformanceCallback()], candidate=make_candidate(spec["candidate"]))
+        return Prepared(add_lora(model, fields), [PerformanceCallback()])
     if method == "relora":
         every, again = fields["restart_every"], fields["restart_warmup"]
 

@@ -7,8 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.pretraining.errors import CompareError
-from benchmarks.pretraining.settings import key_of
+from benchmarks.compare.errors import CompareError
+from benchmarks.compare.settings import key_of
 
 
 def read(path: Path) -> dict[str, dict]:

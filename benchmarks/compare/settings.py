@@ -1,4 +1,4 @@
-"""What is compared: model sizes, methods with their settings and learning rates, and the studies.
+"""What a run depends on: model sizes, methods with their settings and learning rates, and the rows of a study.
 
 A run is a *spec*: a dictionary of everything that its result depends on. Two runs with the same spec are the same run,
 whichever study asks for it.
@@ -6,9 +6,7 @@ whichever study asks for it.
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loqt_peft import LoQTConfig
 
@@ -98,7 +96,8 @@ class Variant:
         micro_batches (`int`, *optional*): Of an optimizer step, if not the size's.
         projection_micro_batches (`int`, *optional*): How many of them (the last) P is computed from; `None`: all.
         base (`dict`, *optional*): Steps ("steps") and rate ("lr") of a training at full rank that comes first.
-        candidate (`dict`, *optional*): A mechanism of `candidates.py`, its name and arguments.
+        rest_rate (`float`, *optional*):
+            Embeddings, norms and head, which train at full rank in every method, do so at so many times the learning rate.
     """
 
     name: str
@@ -111,7 +110,7 @@ class Variant:
     micro_batches: int | None = None
     projection_micro_batches: int | None = None
     base: dict | None = None
-    candidate: dict | None = None
+    rest_rate: float | None = None
 
 
 def method_fields(method: str, size: Size, steps: int, changes: dict) -> dict:
@@ -155,7 +154,8 @@ def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, tex
         "projection_micro_batches": None if projection == micro_batches else projection,
         "method": variant.method,
         "fields": method_fields(variant.method, sizes, steps, variant.fields),
-        "candidate": variant.candidate,
+        # its place and its name in the finished runs
+        "candidate": {"name": "rate_of_the_rest", "factor": variant.rest_rate} if variant.rest_rate else None,
         "optim": variant.optim or OPTIMIZERS.get(variant.method, "adamw_torch"),
         "lr": lr,
         "seed": seed,
@@ -175,284 +175,3 @@ def make_spec(variant: Variant, size: str, lr: float, seed: int, steps: int, tex
 def key_of(spec: dict) -> str:
     """Identifies a run by its whole spec."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-
-
-###############################
-# Studies
-###############################
-
-LOQT = Variant("LoQT", "loqt", search=True)
-RANDOM = Variant(
-    "random P, gap 250",
-    "loqt",
-    {"projection": "random", "interval_schedule": "constant", "update_interval": 250},
-    search=True,
-)
-METHODS = [LOQT if method == "loqt" else Variant(name, method, search=True) for method, name in NAMES.items()]
-
-
-def named(variants: list[Variant], name: str) -> Variant:
-    return next(variant for variant in variants if variant.name == name)
-
-
-def methods(size: Size, device_bytes) -> list[Variant]:
-    return METHODS
-
-
-def with_feedback(variant: Variant) -> Variant:
-    """With what quantization leaves over kept on the host, and merged again at the next update."""
-    return replace(variant, name=f"{variant.name}, error feedback", fields={**variant.fields, "error_feedback": True})
-
-
-def compensation(size: Size, device_bytes) -> list[Variant]:
-    # with so few steps between updates, what one merges comes close to what quantizing loses
-    often = {"interval_schedule": "constant", "update_interval": 10}
-    # quantizing random weights loses nothing that was learned
-    trained = {"base": {"steps": size.steps, "lr": 0.003}, "search": True, "rates": (0.005,)}
-    return [
-        *(Variant(f"K = {k}", "loqt", {"compensation_steps": k}) for k in (0, 1, 5, 10)),
-        *(Variant(f"K = {k}, gap 10", "loqt", {"compensation_steps": k, **often}) for k in (0, 5)),
-        Variant("not quantized, gap 10", "loqt-nq", often),
-        *(Variant(f"K = {k}, trained base", "loqt", {"compensation_steps": k}, **trained) for k in (0, 1, 5, 10)),
-        Variant("not quantized, trained base", "loqt-nq", **trained),
-        with_feedback(Variant("K = 5, trained base", "loqt", **trained)),
-        with_feedback(Variant("K = 0, trained base", "loqt", {"compensation_steps": 0}, **trained)),
-    ]
-
-
-def gaps(size: Size, device_bytes) -> list[Variant]:
-    def gap(kind: str, name: str, growth: float = 1.2, interval: int = 100) -> Variant:
-        fields = {"update_interval": interval, "interval_schedule": kind, "interval_growth": growth}
-        return Variant(name, "loqt", fields)
-
-    return [
-        gap("exponential", "growing, 100 + ⌊1.2^i⌋"),
-        gap("exponential", "growing, 100 + ⌊2^i⌋", growth=2.0),
-        gap("linear", "linear, 100 + ⌊1.2 i⌋"),
-        gap("linear", "linear, 100 + ⌊20 i⌋", growth=20.0),
-        gap("constant", "constant, 100"),
-        gap("constant", "constant, 50", interval=50),
-        gap("constant", "constant, 250", interval=250),
-    ]
-
-
-def quantization(size: Size, device_bytes) -> list[Variant]:
-    return [
-        Variant("W and P quantized", "loqt"),
-        Variant("W only", "loqt", {"quantize_projection": None}),
-        Variant("P only", "loqt", {"quantize_weight": None}),
-        Variant("neither", "loqt-nq"),
-    ]
-
-
-def rank(size: Size, device_bytes) -> list[Variant]:
-    ranks = [max(1, size.hidden // part) for part in (16, 8, 4, 2)]
-    return [Variant(f"r = {r}", "loqt", {"r": r}, search=True) for r in ranks]
-
-
-# s times the rate is what moves W, the rate alone what moves everything else
-SCALES = {0.125: (0.02, 0.04, 0.08), 0.25: (0.01, 0.02, 0.04), 0.5: LEARNING_RATES["loqt"], 1.0: (0.003, 0.005, 0.01)}
-
-
-def scale(size: Size, device_bytes) -> list[Variant]:
-    rows = [Variant(f"s = {s:g}", "loqt", {"loqt_alpha": s}, search=True, rates=rates) for s, rates in SCALES.items()]
-    # at other ranks: whether one learning rate is best for all of them then
-    ranks = [max(1, size.hidden // part) for part in (16, 8, 2, 1)]
-    return rows + [fitted(Variant(f"r = {r}", "loqt", {"r": r}, search=True), size) for r in ranks]
-
-
-def scaled(variant: Variant, s: float) -> Variant:
-    """LoQT with another s, and the learning rates that go with it."""
-    fields = {**variant.fields, "loqt_alpha": s}
-    return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=SCALES[s])
-
-
-def fitted(variant: Variant, size: Size) -> Variant:
-    """LoQT with s = 16 / √(n r), 3 digits, n the hidden size.
-
-    A step of B by Adam of size η moves W by η s √(r/n), so by 16 η / n: as much at every rank, and less the wider the model.
-    """
-    s = round(16 / math.sqrt(size.hidden * variant.fields.get("r", size.rank)), 3)
-    fields = {**variant.fields, "loqt_alpha": s}
-    return replace(variant, name=f"{variant.name}, s = {s:g}", fields=fields, rates=(0.01, 0.02, 0.04))
-
-
-def projection(size: Size, device_bytes) -> list[Variant]:
-    ways = [Variant(f"`{way}`", "loqt", {"projection": way}) for way in ("svd", "eigh", "randomized")]
-    # other directions, another gap: their learning rates are not those of singular vectors
-    rare = {"update_interval": 500}
-    return [
-        *ways,
-        Variant("`random`", "loqt", {"projection": "random"}, search=True),
-        Variant("`random`, gap 500", "loqt", {"projection": "random", **rare}, search=True),
-        Variant("`svd`, gap 500", "loqt", rare, search=True),
-    ]
-
-
-def optimizer_state(size: Size, device_bytes) -> list[Variant]:
-    return [Variant(f"`{state}`", "loqt", {"optimizer_state": state}) for state in ("keep", "reset", "rotate")]
-
-
-def update_mode(size: Size, device_bytes) -> list[Variant]:
-    # "whole" leads to the same bits as "backward", which is the default and the paper's recipe
-    return [Variant("`backward`", "loqt"), Variant("`stagger`", "loqt", {"update_mode": "stagger"})]
-
-
-def micro_batches(size: Size, device_bytes) -> list[Variant]:
-    of = max(size.micro_batches, 4 if size.batch < 8 else 8)
-    counts = [count for count in (1, 2, 4, 8) if count <= of]
-    return [
-        Variant(f"P from {count} of {of}", "loqt", micro_batches=of, projection_micro_batches=count)
-        for count in counts
-    ]
-
-
-def widest(variant: Callable[[int], Variant], size: Size, device_bytes: Callable[[Variant], int], limit: int) -> int:
-    """The largest rank with which a variant needs no more than `limit` bytes on the device, in steps of hidden / 16."""
-    # a finer search changes nothing that a table could show
-    unit = max(1, size.hidden // 16)
-    low, high = 1, size.hidden // unit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if device_bytes(variant(middle * unit)) <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return low * unit
-
-
-def eight_bit(r: int, base: Variant = LOQT) -> Variant:
-    """LoQT with another rank and 8-bit moments."""
-    fields = {**base.fields, "r": r}
-    return replace(base, name=f"{base.name}, 8-bit moments, r = {r}", fields=fields, optim="adamw_bnb_8bit")
-
-
-def per_layer(variant: Variant) -> Variant:
-    """With per-layer updates: no more than one gradient lies there at a time."""
-    return replace(variant, name=f"{variant.name}, per-layer updates", per_layer=True)
-
-
-def rotated(variant: Variant) -> Variant:
-    """With B's first moments rotated into the new subspace, at the learning rate that is best without."""
-    fields = {**variant.fields, "optimizer_state": "rotate"}
-    return replace(variant, name=f"{variant.name}, moments rotated", fields=fields, rates=(0.02,))
-
-
-def equal_bytes(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
-    """GaLore beside LoQT with 8-bit moments, at the largest rank whose bytes on the device are no more than GaLore's.
-
-    LoQT's s is GaLore's scale, 0.25, and smaller where the rank is the larger one: a step of B by Adam moves W by s √(r/n).
-    """
-    galore = named(METHODS, NAMES["galore"])
-    wide = eight_bit(widest(eight_bit, size, device_bytes, device_bytes(galore)))
-    quarter = (scaled(variant, 0.25) for variant in (LOQT, eight_bit(size.rank)))
-    return [galore, LOQT, *quarter, *(scaled(wide, s) for s in (0.125, 0.25))]
-
-
-def widest_per_layer(size: Size, device_bytes: Callable[[Variant], int], limit: int) -> int:
-    """As [`widest`], with 8-bit moments and per-layer updates."""
-    return widest(lambda r: per_layer(eight_bit(r)), size, device_bytes, limit)
-
-
-def better(size: Size, r: int) -> Variant:
-    """The better recipe, its moments not rotated, with the rank that its bytes allow."""
-    return fitted(per_layer(eight_bit(r)), size)
-
-
-def recipe(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
-    """What might beat the paper's recipe at no more bytes on the device."""
-
-    def loqt(name: str, candidate: str | None = None, arguments: dict | None = None, **fields) -> Variant:
-        description = {"name": candidate, **(arguments or {})} if candidate else None
-        return Variant(name, "loqt", fields, search=True, candidate=description)
-
-    constant = {"interval_schedule": "constant"}
-    in_turn = replace(RANDOM, name=f"{RANDOM.name}, each direction in turn", candidate={"name": "sweep"})
-    muon = replace(RANDOM, name=f"{RANDOM.name}, Muon", candidate={"name": "muon"})
-    aligned = loqt("random P in an aligned basis, gap 250", "aligned_basis", update_interval=250, **constant)
-    turned = loqt("singular vectors in a random basis", "random_basis")
-    oftener, rarer = (loqt(f"gap {gap}", update_interval=gap, **constant) for gap in (50, 250))
-    limit = device_bytes(LOQT)
-    r = widest(eight_bit, size, device_bytes, limit)
-    # with per-layer updates for the paper's recipe too, and for the wider one alone
-    limits = (device_bytes(per_layer(LOQT)), limit)
-    ranks = sorted({widest_per_layer(size, device_bytes, most) for most in limits})
-    freeing = [per_layer(eight_bit(r, base)) for r in ranks for base in (LOQT, RANDOM)]
-    # whether directions or their basis matter, and how often they should change
-    freeing += [per_layer(eight_bit(ranks[-1], base)) for base in (turned, oftener, rarer)]
-    return [
-        LOQT,
-        loqt("random P", projection="random"),
-        RANDOM,
-        loqt("random P, gap 500", projection="random", update_interval=500, **constant),
-        *(scaled(RANDOM, s) for s in (0.125, 0.25)),
-        loqt("half of P random", "mixed", {"share": 0.5}),
-        *(scaled(variant, 0.25) for variant in (rarer, turned, aligned, in_turn)),
-        loqt("P of a running average", "running_average", {"decay": 0.9}),
-        loqt("P by a power iteration from the old P", "warm_start"),
-        loqt("moments rotated", optimizer_state="rotate"),
-        with_feedback(LOQT),
-        loqt("stochastic rounding", "stochastic_rounding"),
-        loqt("gap 50, when it pays", "when_it_pays", {"ratio": 1.0}, update_interval=50, **constant),
-        loqt("Muon for B", "muon"),
-        *(scaled(muon, s) for s in (0.25, 0.5, 1.0)),
-        eight_bit(r),
-        eight_bit(r, RANDOM),
-        *(scaled(eight_bit(r, RANDOM), s) for s in (0.125, 0.25)),
-        *(fitted(variant, size) for variant in (eight_bit(r), eight_bit(r, RANDOM), *freeing)),
-        rotated(better(size, ranks[-1])),
-    ]
-
-
-def rest(size: Size, device_bytes) -> list[Variant]:
-    """Whether what trains at full rank in every method (embeddings, norms, head) wants another learning rate.
-
-    LoQT's best rates are higher than full-rank AdamW's, and one rate is for all: some of the distance may come from there.
-    """
-
-    def at(factor: float, variant: Variant, rates: tuple[float, ...] | None = None) -> Variant:
-        name = f"{variant.name}, the rest at {factor:g} times the rate"
-        return replace(variant, name=name, rates=rates, candidate={"name": "rate_of_the_rest", "factor": factor})
-
-    full, lora = (named(METHODS, NAMES[method]) for method in ("full", "lora"))
-    rows = [full, *(at(factor, full, (0.0005, 0.001, 0.002, 0.003)) for factor in (3.0, 5.0))]
-    rows.append(at(10.0, full, (0.001, 0.002, 0.003, 0.005)))
-    # as the better recipe, without clipping
-    rows.append(per_layer(at(10.0, full, (0.002, 0.003))))
-    rows += [lora, *(at(factor, lora, (0.001, 0.002, 0.003)) for factor in (3.0, 10.0))]
-    for variant in (LOQT, RANDOM):
-        rows += [variant, at(0.3, variant), at(3.0, variant, (0.003, 0.005, 0.01))]
-    return rows
-
-
-def long(size: Size, device_bytes: Callable[[Variant], int]) -> list[Variant]:
-    """Whether a quantized model stops learning early. Long runs are too dear for grids: rates that did well in short ones."""
-    five, ten = (
-        named(rest(size, device_bytes), f"full-rank AdamW, the rest at {factor} times the rate") for factor in (5, 10)
-    )
-    nq = named(METHODS, NAMES["loqt-nq"])
-    limit = device_bytes(LOQT)
-    wide = eight_bit(widest(eight_bit, size, device_bytes, limit), RANDOM)
-    slow = [replace(variant, rates=(0.005,)) for variant in (nq, LOQT, RANDOM, wide)]
-    fast = replace(better(size, widest_per_layer(size, device_bytes, limit)), rates=(0.02,))
-    return [*(replace(full, rates=(0.001,)) for full in (five, ten)), *slow, fast]
-
-
-STUDIES = {
-    "methods": methods,
-    "compensation": compensation,
-    "gaps": gaps,
-    "quantization": quantization,
-    "rank": rank,
-    "scale": scale,
-    "projection": projection,
-    "optimizer_state": optimizer_state,
-    "update_mode": update_mode,
-    "micro_batches": micro_batches,
-    "equal_bytes": equal_bytes,
-    "recipe": recipe,
-    "rest": rest,
-    # ten times as many steps unless told otherwise
-    "long": long,
-}
-LONG = 10

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from benchmarks.common import bpe_blocks, held_out_runs, reviews
-from benchmarks.pretraining.errors import CompareError
+from benchmarks.compare.errors import CompareError
 
 
 END_OF_TEXT = "<|endoftext|>"

@@ -1,6 +1,6 @@
 """Memory predicted in closed form, by simulation, and counted in real steps on the CPU.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory.estimate
 
 Nothing but the real steps of small models is measured here, and no GPU is used: every other figure is a prediction for one.
 The closed form is compared with the simulation on a grid of models, methods and options, and the simulation with what
@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the profiler announces every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
-from common import RESULTS, markdown_table, provenance, write_json, write_markdown
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from benchmarks.common import RESULTS, markdown_table, provenance, write_json, write_markdown
 from loqt_peft import estimate_memory
 from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
 from loqt_peft.simulation import measure_on_cpu, simulate

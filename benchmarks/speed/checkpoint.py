@@ -1,6 +1,6 @@
 """What the seals of a saved adapter cost: their share of saving and of loading it.
 
-    python benchmarks/checkpoint.py
+    python -m benchmarks.speed.checkpoint
 
 A LLaMA of the paper's sizes with random weights, after one update, is saved and loaded several times in turn. Written to
 results/checkpoint.json and results/checkpoint.md.
@@ -18,11 +18,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import RESULTS, machine, markdown_table, provenance, versions, write_markdown
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loqt_peft.model
+from benchmarks.common import RESULTS, machine, markdown_table, provenance, versions, write_markdown
 from loqt_peft import LoQTConfig
 
 

@@ -1,6 +1,6 @@
 """The ways to get P from a gradient: what each costs, and what it keeps of real gradients.
 
-    python benchmarks/projection.py --text kjv.txt      # the text: README.md beside this file
+    python -m benchmarks.speed.projection --text kjv.txt      # the text: README.md beside this file
 
 Cost: matrices of the shapes of LLaMA's attention (n x n) and MLP (2.7n x n), with a decaying spectrum, at ranks n/4
 and n/16, one thread. Quality: gradients of a LLaMA's linear layers at
@@ -22,8 +22,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import llama, markdown_table, provenance, token_blocks, write_json, write_markdown
 
+from benchmarks.common import llama, markdown_table, provenance, token_blocks, write_json, write_markdown
 from loqt_peft.projection import project, random_projection
 
 

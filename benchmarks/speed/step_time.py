@@ -23,10 +23,10 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import llama, markdown_table, provenance, write_json, write_markdown
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.common import llama, markdown_table, provenance, write_json, write_markdown
 from loqt_peft import LoQTConfig
 
 

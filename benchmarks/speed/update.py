@@ -1,6 +1,6 @@
 """What the update of one layer costs, against the exact algorithm.
 
-    python benchmarks/update.py
+    python -m benchmarks.speed.update
 
 The update of one layer of n x n weights at ranks n/4 and n/16, with the defaults of LoQTConfig, against the same
 update with an exact SVD, bitsandbytes' quantization and one SVD-based pseudo-inverse (Algorithms 1 and 2 as they are
@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from common import markdown_table, provenance, write_json, write_markdown
 from peft import get_peft_model
 
+from benchmarks.common import markdown_table, provenance, write_json, write_markdown
 from loqt_peft import LoQTConfig
 
 
