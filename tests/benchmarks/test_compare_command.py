@@ -1,7 +1,7 @@
 """benchmarks.compare: the command line and its text."""
 
 import pytest
-from compare_runs import Inline
+from compare_runs import Inline, made_up
 from safetensors.torch import load_file
 
 from benchmarks.compare import __main__ as command
@@ -26,8 +26,9 @@ def test_from_the_command_line_to_tables_and_figures(tmp_path, monkeypatch, caps
     def workers(count, blocks, logs):
         def answer(spec):
             parts = load_file(blocks)
-            answers.append(training.run(spec, parts["training"], parts["validation"]))
-            return answers[-1]
+            run = training.run(spec, parts["training"], parts["validation"]) if len(answers) < 4 else made_up(spec)
+            answers.append(run)
+            return run
 
         return Inline(answer)
 
