@@ -13,8 +13,8 @@ Markdown tables and figures, beside the results file. `--report` makes them of w
 
 At 1M parameters the methods are 42 runs. Extrapolated from 60 steps of each, a run takes 3.5 to 5 minutes on one thread of a
 busy machine, and all of them about 1.5 hours on 2 cores. The other studies, each a file of studies/, are ablations, settings
-that might do better than the paper's (`recipe`, 116 runs) and what full-rank AdamW lacks (`rest`, 78); `long` is 21 runs of ten
-times as many steps, of 33 to 50 minutes each. Tokenizing the reviews takes half a minute, once.
+that might do better than the paper's (`recipe`, 116 runs) and what full-rank AdamW lacks (`rest`, 78); `long` is 21 runs of
+ten times as many steps, of 33 to 50 minutes each. Tokenizing the reviews takes half a minute, once.
 """
 
 import argparse

@@ -123,7 +123,7 @@ def train(options, training, folder):
     model.save_pretrained(folder)
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="where the converted model is kept")
     parser.add_argument(
@@ -137,8 +137,11 @@ def main():
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--validation-blocks", type=int, default=32)
     parser.add_argument("--ranks", nargs="+", default=["16", "64", "192"], help="of the LoRA exports")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def measure(options):
+    """Perplexities, errors, sizes and peaks of all exports of an adapter, which is trained if there is none."""
     convert_smollm2(options.cache)
     training, validation = review_blocks(
         AutoTokenizer.from_pretrained(options.cache),
@@ -159,8 +162,12 @@ def main():
 
         lines, _ = run(LOAD, adapter, options.cache)
         layer_bytes, loading = int(lines[-2]), int(lines[-1]) / 1024
-        updates = PeftConfig.from_pretrained(adapter).num_updates
-        results = {
+        found = {
+            "updates": PeftConfig.from_pretrained(adapter).num_updates,
+            "loading_peak_MiB": loading,
+            "largest_layer_bytes": layer_bytes,
+        }
+        results = found["results"] = {
             "base model": {"perplexity": perplexity(options.cache)},
             "LoQT adapter": {"perplexity": perplexity(adapter, "with"), "MB": megabytes(adapter)},
         }
@@ -180,6 +187,11 @@ def main():
                 "seconds": seconds,
             }
             print(name, results[name], flush=True)
+    return found
+
+
+def markdown(options, found):
+    updates, loading, layer_bytes = (found[name] for name in ("updates", "loading_peak_MiB", "largest_layer_bytes"))
 
     def cell(value, form):
         return "" if value is None else format(value, form)
@@ -194,7 +206,7 @@ def main():
             cell(entry.get("peak_MiB"), ".0f"),
             cell(entry.get("seconds"), ".0f"),
         )
-        for name, entry in results.items()
+        for name, entry in found["results"].items()
     ]
     header = (
         "loaded from",
@@ -205,7 +217,7 @@ def main():
         "peak MiB of the export",
         "seconds",
     )
-    text = "\n".join(
+    return "\n".join(
         [
             "# Perplexity before and after an export\n",
             f"SmolLM2-135M, float32 base, LoQT with r {options.r}: {options.steps} steps of {options.batch} x",
@@ -218,20 +230,18 @@ def main():
             provenance(),
         ]
     )
-    write_json(
-        "export.json",
-        {
-            "options": {name: str(value) for name, value in vars(options).items() if name not in ("cache", "adapter")},
-            "updates": updates,
-            "loading_peak_MiB": loading,
-            "largest_layer_bytes": layer_bytes,
-            "results": results,
-        },
-    )
+
+
+def main():
+    options = parse_arguments()
+    found = measure(options)
+    named = {name: str(value) for name, value in vars(options).items() if name not in ("cache", "adapter")}
+    write_json("export.json", {"options": named, **found})
+    text = markdown(options, found)
     write_markdown("export.md", text)
     print("\n" + text)
-    trained = results["LoQT adapter"]["perplexity"]
-    if not math.isclose(results["dense"]["perplexity"], trained, rel_tol=1e-4):
+    trained = found["results"]["LoQT adapter"]["perplexity"]
+    if not math.isclose(found["results"]["dense"]["perplexity"], trained, rel_tol=1e-4):
         sys.exit("the dense export is not the trained model")
 
 

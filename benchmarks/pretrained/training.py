@@ -34,7 +34,7 @@ from benchmarks.common import (
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="where the converted model is kept")
     parser.add_argument("--rank", type=int, default=64)
@@ -45,13 +45,11 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=24)
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    convert_smollm2(options.cache)
-    tokenizer = AutoTokenizer.from_pretrained(options.cache)
-    training, validation = review_blocks(
-        tokenizer, options.length, options.steps * options.batch, options.validation_blocks
-    )
+
+def make_model(options):
+    """SmolLM2-135M loaded in 4 bits, with LoQT."""
     model = AutoModelForCausalLM.from_pretrained(
         options.cache,
         quantization_config=BitsAndBytesConfig(
@@ -67,7 +65,11 @@ def main():
         update_interval=options.update_interval,
         interval_schedule="constant",
     )
-    model = get_peft_model(model, config)
+    return get_peft_model(model, config)
+
+
+def train(model, options, training, validation):
+    """The Trainer after training, validation losses before and after it, and its seconds with evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -98,29 +100,45 @@ def main():
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
         seconds = time.perf_counter() - start
+    return trainer, before, after, seconds
+
+
+def markdown(options, result):
+    before, after = result["validation_loss"].values()
+    rows = [(step, f"{loss:.4f}", f"{math.exp(loss):.2f}") for step, loss in ((0, before), (options.steps, after))]
+    return "\n".join(
+        [
+            "# SmolLM2-135M in 4 bits\n",
+            f"Rank {options.rank}, {options.steps} steps of {options.batch} x {options.length} tokens of IMDB",
+            f"reviews, learning rate {options.learning_rate:g}, {len(result['updates'])} updates;",
+            f"{options.validation_blocks} held-out blocks. {result['seconds']:.0f} s with evaluation.\n",
+            markdown_table(("step", "validation loss", "perplexity"), rows),
+            provenance(),
+        ]
+    )
+
+
+def main():
+    options = parse_arguments()
+    convert_smollm2(options.cache)
+    tokenizer = AutoTokenizer.from_pretrained(options.cache)
+    training, validation = review_blocks(
+        tokenizer, options.length, options.steps * options.batch, options.validation_blocks
+    )
+    model = make_model(options)
+    trainer, before, after, seconds = train(model, options, training, validation)
     history = trainer.state.log_history
-    updates = [entry for entry in history if "loqt/updates" in entry]
     result = {
         "options": {name: str(value) for name, value in vars(options).items() if name != "cache"},
         "validation_loss": {"before": before, "after": after},
         "training_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
-        "updates": updates,
+        "updates": [entry for entry in history if "loqt/updates" in entry],
         "seconds": round(seconds, 1),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "fell": after < before,
     }
     write_json("smollm2.json", result)
-    rows = [(step, f"{loss:.4f}", f"{math.exp(loss):.2f}") for step, loss in ((0, before), (options.steps, after))]
-    text = "\n".join(
-        [
-            "# SmolLM2-135M in 4 bits\n",
-            f"Rank {options.rank}, {options.steps} steps of {options.batch} x {options.length} tokens of IMDB",
-            f"reviews, learning rate {options.learning_rate:g}, {len(updates)} updates;",
-            f"{options.validation_blocks} held-out blocks. {seconds:.0f} s with evaluation.\n",
-            markdown_table(("step", "validation loss", "perplexity"), rows),
-            provenance(),
-        ]
-    )
+    text = markdown(options, result)
     write_markdown("smollm2.md", text)
     print("\n" + text)
     if not after < before:

@@ -22,11 +22,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loqt_peft.model
-from benchmarks.common import RESULTS, machine, markdown_table, provenance, versions, write_markdown
+from benchmarks.common import CONFIGS, RESULTS, machine, markdown_table, provenance, versions, write_markdown
 from loqt_peft import LoQTConfig
-
-
-CONFIGS = Path(__file__).parents[1] / "examples" / "pretraining" / "configs"
 
 
 class Clock:

@@ -105,17 +105,7 @@ def quality(gradient, part, rank, method):
     return kept.item(), ((rows @ exact.T).square().sum() / rank).item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="a plain text file of a few megabytes")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-
+def measure_costs(options):
     costs = []
     for rows, columns in [(rows, n) for n in options.sizes for rows in (n, n * 43 // 16)]:
         cost = {"shape": f"{rows} x {columns}"}
@@ -124,7 +114,10 @@ def main():
             cost[name] = seconds(rows, columns, columns // divisor, method, options.repeats)
         costs.append(cost)
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in cost.items()), flush=True)
+    return costs
 
+
+def measure_quality(options):
     blocks, _ = token_blocks(options.text, VOCABULARY, LENGTH)
     kept = []
     for step, layers in gradients(blocks, options.hidden, options.layers, options.steps, (0, options.steps)).items():
@@ -143,18 +136,17 @@ def main():
                         "lowest_overlap": min(overlaps),
                     }
                 )
-    write_json(
-        "projection.json",
-        {"options": {**vars(options), "text": Path(options.text).name}, "seconds": costs, "quality": kept},
-    )
+    return kept
 
+
+def markdown(options, costs, kept):
     cost_rows = [[c["shape"]] + [f"{c[name]:.3f}" for name, _, _ in COSTS] for c in costs]
     quality_rows = [
         (q["step"], q["rank"], q["method"])
         + tuple(f"{q[name]:.4f}" for name in ("energy", "lowest_energy", "overlap", "lowest_overlap"))
         for q in kept
     ]
-    text = "\n".join(
+    return "\n".join(
         [
             "# Projection\n",
             f"Processor seconds on one thread, the best of {options.repeats}:\n",
@@ -167,6 +159,24 @@ def main():
             provenance(),
         ]
     )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="a plain text file of a few megabytes")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    costs, kept = measure_costs(options), measure_quality(options)
+    write_json(
+        "projection.json",
+        {"options": {**vars(options), "text": Path(options.text).name}, "seconds": costs, "quality": kept},
+    )
+    text = markdown(options, costs, kept)
     write_markdown("projection.md", text)
     print("\n" + text)
 
