@@ -255,6 +255,7 @@ class LoQTLayer(BaseTunerLayer):
         self.right = is_right(self.shape)
         if self.quantization_backend is not None:
             # in eval, on processors with AVX512-BF16, bitsandbytes would round the absmax to bfloat16, for good
+            undo_cpu_packing(base_layer.weight)
             self._repacks_on_cpu = base_layer.support_avx512bf16_for_cpu
             base_layer.support_avx512bf16_for_cpu = False
 
