@@ -367,6 +367,9 @@ class LoQTModel(BaseTuner):
         )
         # training changes it, and the user may build another model with his
         config = self.peft_config[adapter_name] = copy.copy(config)
+        if config.full_rank_modules == "all":
+            # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
+            config.trainable_token_indices = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.full_rank_modules:
             model.register_load_state_dict_post_hook(_tie_weights_after_load)
