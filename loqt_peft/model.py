@@ -30,6 +30,8 @@ from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, 
 if TYPE_CHECKING:
     from .export import ExportReport
 
+# in the keys of what belongs to a LoQT layer
+_LOQT_PART = ".loqt_"
 # in the names of modules, but not in those of the state dict
 _FSDP_PREFIX = "_fsdp_wrapped_module."
 
@@ -99,13 +101,13 @@ def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict
     return {canonical(key): name for key, name in names.items()}
 
 
-def _embedding_names(model: nn.Module) -> set[str]:
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     embeddings = []
     for side in ("input", "output"):
         # models of two towers, of images or of sound have no such module, and say so in this way
         with contextlib.suppress(AttributeError, NotImplementedError):
             embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    return {name for name, module in model.named_modules() if any(module is e for e in embeddings)}
+    return {name: module for name, module in model.named_modules() if any(module is e for e in embeddings)}
 
 
 def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
@@ -122,11 +124,11 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
     names = _rest_names(model, config, adapter_name)
     keys = {canonical(name): key for key, name in names.items()}
     # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
-    embeddings = {canonical(name) for name in _embedding_names(model)}
+    embeddings = tuple(f"{canonical(name)}." for name in _embeddings(model))
     adapter = {}
     for key, tensor in state_dict.items():
         key = canonical(key)
-        if key in keys or key.rpartition(".")[0] not in embeddings:
+        if key in keys or key in names or _LOQT_PART in key or not key.startswith(embeddings):
             adapter[keys.get(key, key)] = tensor
     own = model.state_dict()
     warning = verify_adapter(
@@ -142,7 +144,9 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
 
 def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
     # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    if hasattr(model, "tie_weights"):
+    # of which PEFT trains a copy is no longer tied
+    copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
+    if hasattr(model, "tie_weights") and not copied:
         model.tie_weights()
 
 
