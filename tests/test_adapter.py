@@ -7,11 +7,18 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from common import load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
+from loqt_peft import LoQTConfig
 from loqt_peft.update import loqt_layers
 
 
@@ -303,18 +310,20 @@ def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
     model.save_pretrained(tmp_path)
 
     # the very config of another adapter: a copy, which goes its own way
-    model.add_adapter("copy", model.peft_config["default"])
-    model.set_adapter("copy")
+    model.add_adapter("twin", model.peft_config["default"])
+    model.set_adapter("twin")
     assert torch.equal(logits(model), first)
     train_steps(model, 1, seed=30)
-    assert model.peft_config["copy"].num_updates == 3 and model.peft_config["default"].num_updates == 2
+    assert model.peft_config["twin"].num_updates == 3 and model.peft_config["default"].num_updates == 2
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
 
     # one that was read, or written by hand, and nothing that was loaded
     message = "'other' was made with a config of num_updates=2, .* nothing was loaded into it"
     for use in (logits, lambda m: m.save_pretrained(tmp_path / "no"), lambda m: m.merge_adapter(), train_steps_once):
-        fresh = get_peft_model(load_llama(base_dir, "dense"), LoQTConfig.from_pretrained(tmp_path), "other")
+        config = LoQTConfig.from_pretrained(tmp_path)
+        config.inference_mode = False
+        fresh = get_peft_model(load_llama(base_dir, "dense"), config, "other")
         with pytest.raises(ValueError, match=message):
             use(fresh)
     assert not (tmp_path / "no" / "other" / "adapter_model.safetensors").exists()
@@ -334,7 +343,9 @@ def train_steps_once(model):
 def test_no_copy_where_the_base_is_dropped(base_dir):
     model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(retain_base="drop"))
     train_steps(model, 2)
-    with pytest.raises(ValueError, match="retain_base='drop' of adapter 'default' is not allowed with several adapters"):
+    with pytest.raises(
+        ValueError, match="retain_base='drop' of adapter 'default' is not allowed with several adapters"
+    ):
         model.add_adapter("ref", model.peft_config["default"])
     assert list(model.peft_config) == ["default"]
 

@@ -1,14 +1,16 @@
 """TRL's own trainers: the reference model of preference training, and chat templates that bring new tokens."""
 
+import copy
+
 import pytest
 import torch
 from common import VOCABULARY, load_llama, loqt_config, tiny_llama, token_batch, train_steps
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.update import loqt_layers
@@ -123,3 +125,58 @@ def test_first_loss_of_preference_training(base_dir, adapter_dir, tokenizer, tmp
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     # ln 2, as policy and reference are one
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_an_average_of_parameters_is_refused(base_dir, adapter_dir, tokenizer, tmp_path):
+    model = trained(base_dir, adapter_dir)
+    trainer = preference_trainer("DPO", model, tokenizer, tmp_path)
+    trainer.add_callback(SyncRefModelCallback(ref_model=model, accelerator=None))
+    with pytest.raises(ValueError, match="SyncRefModelCallback averages the parameters of two models"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("full_rank_modules", [None, "all"])
+def test_tokens_of_a_new_chat_template_are_trained(base_dir, tokenizer, tmp_path, full_rank_modules):
+    source = copy.deepcopy(tokenizer)
+    source.add_special_tokens({"eos_token": "<|end|>", "extra_special_tokens": ["<|user|>"]})
+    source.chat_template = "{% for m in messages %}<|user|> {{ m['content'] }} <|end|> {% endfor %}"
+    source.save_pretrained(tmp_path / "source")
+    roles = ("user", "assistant")
+    chats = [{"messages": [{"role": r, "content": words(i + j, 4)} for j, r in enumerate(roles)]} for i in range(8)]
+    trainer = SFTTrainer(
+        load_llama(base_dir, "dense"),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            chat_template_path=str(tmp_path / "source"),
+            max_steps=2,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(chats),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=loqt_config(full_rank_modules=full_rank_modules),
+        callbacks=[LoQTTrainerCallback()],
+    )
+    model, new = trainer.model, trainer.processing_class.convert_tokens_to_ids("<|end|>")
+    embeddings = model.get_input_embeddings()
+    before = embeddings(torch.arange(new + 1)).detach().clone()
+    trainer.train()
+    change = (embeddings(torch.arange(new + 1)) - before).detach().norm(dim=1)
+    # all rows train at full rank, or the new ones alone
+    assert change[new] > 0 and bool(change[:VOCABULARY].any()) == (full_rank_modules == "all")
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    for load in ("peft", "transformers"):
+        loaded = load_llama(base_dir, "dense")
+        loaded.resize_token_embeddings(model.get_output_embeddings().weight.shape[0])
+        if load == "peft":
+            loaded = PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+        else:
+            loaded.load_adapter(str(tmp_path / "adapter"))
+        loaded.eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=token_batch(99)).logits, expected), load
