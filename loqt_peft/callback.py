@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import bitsandbytes as bnb
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from .findings import Finding, report
 from .layer import LoQTLayer
 from .model_card import keep_loqt_section, write_model_card
 from .performance import PerformanceCallback, callback_handler
@@ -23,6 +26,25 @@ REFUSED = {
     DistributedType.FSDP: "FSDP shards the parameters that an update reads and writes",
     DistributedType.MEGATRON_LM: "Megatron-LM splits the layers that an update reads and writes",
 }
+
+
+# of TRL
+AVERAGES = ("SyncRefModelCallback", "BEMACallback")
+
+
+def check_averages(callbacks: Iterable[TrainerCallback]) -> list[Finding]:
+    """Callbacks that average the parameters of two models, and nothing else of them."""
+    return [
+        Finding(
+            "error",
+            "averages_parameters",
+            f"{type(callback).__name__} averages the parameters of two models, but of a LoQT adapter only B is one: after an "
+            "update B belongs to another W and P, which it does not average.",
+            "Leave it out (`sync_ref_model=False`).",
+        )
+        for callback in callbacks
+        if any(base.__name__ in AVERAGES for base in type(callback).__mro__)
+    ]
 
 
 class LoQTTrainerCallback(PerformanceCallback):
@@ -55,6 +77,8 @@ class LoQTTrainerCallback(PerformanceCallback):
         **kwargs,
     ):
         self._check_setup(args, model, optimizer)
+        handler = callback_handler()
+        report(check_averages([] if handler is None else handler.callbacks))
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.is_world_process_zero:
             print(self._summary(model, state), flush=True)

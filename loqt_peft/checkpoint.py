@@ -17,13 +17,23 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+from transformers.utils import WEIGHTS_NAME as MODEL_WEIGHTS_NAME
 
+from .findings import Finding, report
+
+
+if TYPE_CHECKING:
+    from .config import LoQTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -203,15 +213,81 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(-1)[indices].float().cpu()
 
 
+def _absmax_tolerance(storage: int) -> float:
+    """How far two samples of one base may lie apart, relative to each element.
+
+    In eval, on processors with AVX512-BF16, bitsandbytes rounds the absmax of a base in 4 bits to bfloat16, for good, and
+    quantizes it anew if it is double-quantized. Another code would move an element by more than a fifth.
+    """
+    if storage < _FOUR_BIT_BASE:
+        return 0.0
+    return 0.1 if storage - _FOUR_BIT_BASE >= _DOUBLE else 2**-8
+
+
 def _same_base(saved: Seal, storage: int, here: torch.Tensor) -> bool:
     there = saved.base_sample
     if there.isnan().any() or here.isnan().any():
         return True
     if saved.base_storage == storage:
-        return torch.equal(there, here)
+        return torch.allclose(there, here, rtol=_absmax_tolerance(storage), atol=0)
     # the same weights in another precision: 4-bit blocks are off by about a tenth, another model by more than its norm
     tolerance = 0.4 if max(saved.base_storage, storage) >= _FOUR_BIT_BASE else 2**-6
     return bool(torch.linalg.vector_norm(there - here) <= tolerance * torch.linalg.vector_norm(there))
+
+
+def check_base_name(model: nn.Module) -> list[Finding]:
+    """Whether the base models of LoQT adapters can be found again by those who load the adapter.
+
+    Args:
+        model (`nn.Module`): A model with LoQT adapters, whatever wraps it.
+
+    Returns:
+        `list[Finding]`: A warning for each model of transformers without a name or path, or with the path of nothing.
+    """
+    findings = []
+    for base, configs in _bases(model):
+        names = {config.base_model_name_or_path or base.name_or_path or "" for config in configs.values()}
+        missing = sorted(name for name in names if not name or (os.path.isabs(name) and not os.path.exists(name)))
+        if missing:
+            what = f"its path {missing[0]!r} does not exist" if missing[0] else "it has no `name_or_path`"
+            lost = (
+                ""
+                if all(config.full_rank_modules for config in configs.values())
+                else " Without the base the adapter is lost."
+            )
+            findings.append(
+                Finding(
+                    "warning",
+                    "base_without_name",
+                    f"The base model, a {type(base).__name__}, cannot be found again: {what}. A LoQT adapter is saved as a "
+                    "change of its base, so that neither `AutoPeftModel` nor `python -m loqt_peft export` can load it."
+                    + lost,
+                    "Before `get_peft_model` save the base and name it: `base.save_pretrained(path)`, "
+                    "`base.name_or_path = path`.",
+                )
+            )
+    return findings
+
+
+def report_base_name(model: nn.Module) -> None:
+    """Warn of what [`check_base_name`] finds, once for each base."""
+    bases = [base for base, _ in _bases(model)]
+    if not all(vars(base).get("_loqt_name_checked") for base in bases):
+        for base in bases:
+            base._loqt_name_checked = True
+        report(check_base_name(model))
+
+
+def _bases(model: nn.Module) -> list[tuple[PreTrainedModel, dict[str, LoQTConfig]]]:
+    """The models of transformers that hold LoQT adapters, with their configs."""
+    found = []
+    for module in model.modules():
+        configs = vars(module).get("peft_config") if isinstance(module, PreTrainedModel) else None
+        if isinstance(configs, dict):
+            configs = {name: config for name, config in configs.items() if config.peft_type == "LOQT"}
+            if configs:
+                found.append((module, configs))
+    return found
 
 
 ###############################
@@ -482,15 +558,42 @@ def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
+def _missing(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks for `resume_from_checkpoint`, which would go on without it, or from weights that are random."""
+    # of several adapters each but "default" has a folder of its own
+    adapters = [folder for folder in (checkpoint, *checkpoint.iterdir()) if (folder / CONFIG_NAME).is_file()]
+    for folder in adapters:
+        if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            return str((folder / SAFETENSORS_WEIGHTS_NAME).relative_to(checkpoint))
+    # of a model in a wrapper that is neither PEFT's nor transformers' the Trainer saves all that there is
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME, MODEL_WEIGHTS_NAME)
+    if not adapters:
+        if any((checkpoint / name).is_file() for name in names[:2]):
+            return CONFIG_NAME
+        indices = [checkpoint / name for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)]
+        if not any(path.is_file() for path in (*(checkpoint / name for name in names), *indices)):
+            return SAFETENSORS_WEIGHTS_NAME
+    # with `save_only_model` there is none of these
+    rest = {OPTIMIZER_NAME: OPTIMIZER_NAME, SCHEDULER_NAME: SCHEDULER_NAME, "rng_state.pth": "rng_state*.pth"}
+    found = {name for name, pattern in rest.items() if next(checkpoint.glob(pattern), None)}
+    return next((name for name in rest if found and name not in found), None)
+
+
 def _incomplete(checkpoint: Path) -> str | None:
     # the Trainer writes its state last
-    state = checkpoint / TRAINER_STATE_NAME
-    if not state.is_file():
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}"
+    missing = _missing(checkpoint)
+    if missing is not None:
+        return f"it has no {missing}"
     for path in sorted(checkpoint.rglob("*")):
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if path.name.endswith(".index.json"):
+                    for shard in sorted(set(content["weight_map"].values())):
+                        if not (path.parent / shard).is_file():
+                            return f"it has no {shard}"
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass

@@ -64,6 +64,13 @@ class LoQTConfig(PeftConfig):
             "copy."
         },
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the input embedding that are trained, or name of an embedding -> rows; as in `LoraConfig`. Of no "
+            "effect with full_rank_modules='all', which trains all of them."
+        },
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> a rank that differs from r."}
     )

@@ -167,6 +167,8 @@ def _active_adapter(tuner: LoQTModel) -> str:
     if len(adapters) != 1:
         raise ValueError(f"One adapter must be active for an export, and these are: {adapters}. Use `set_adapter`.")
     layers = [layer for _, layer in loqt_layers(tuner.model)]
+    for layer in layers:
+        layer.verify()
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged into the base weights. Call `unmerge_adapter` before an export.")
     if any(layer.disable_adapters for layer in layers):

@@ -170,7 +170,8 @@ class _CompiledGradientTap(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-def _offload_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
+def _settle_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
+    layer.leave_inference_mode()
     layer._place_base()
     layer._place_error()
 
@@ -194,6 +195,7 @@ class LoQTLayer(BaseTunerLayer):
         "loqt_error",
         "loqt_state",
         "loqt_seal",
+        "verifications",
     )
 
     def __init__(self, base_layer: nn.Module, seed: int = 0) -> None:
@@ -211,6 +213,8 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_seal = BufferDict({}, persistent=True)
         # reading `loqt_state` waits for the device: buffer, its version and the values last read from it
         self._state_cache: dict[str, tuple[torch.Tensor, int, list[int]]] = {}
+        # of adapters that something must be loaded into before they are used; `verify()` of each does what is left to do
+        self.verifications: dict[str, Any] = {}
         # version of B at the first training forward; None once the user was warned
         self._b_versions: dict[str, int | None] = {}
 
@@ -240,7 +244,7 @@ class LoQTLayer(BaseTunerLayer):
         # of a 4-bit base the dtype that it dequantizes to
         state = getattr(base_layer.weight, "quant_state", None)
         self._quantized_dtype = None if state is None else state.dtype
-        self.register_load_state_dict_post_hook(_offload_after_load)
+        self.register_load_state_dict_post_hook(_settle_after_load)
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.weight.shape
             self.fan_in_fan_out = True
@@ -251,6 +255,7 @@ class LoQTLayer(BaseTunerLayer):
         self.right = is_right(self.shape)
         if self.quantization_backend is not None:
             # in eval, on processors with AVX512-BF16, bitsandbytes would round the absmax to bfloat16, for good
+            undo_cpu_packing(base_layer.weight)
             self._repacks_on_cpu = base_layer.support_avx512bf16_for_cpu
             base_layer.support_avx512bf16_for_cpu = False
 
@@ -258,6 +263,8 @@ class LoQTLayer(BaseTunerLayer):
     # Adapters
     ###############################
 
+    # a model is often loaded in inference mode, and then used outside of it
+    @torch.inference_mode(False)
     def update_layer(self, adapter_name: str, r: int, scaling: float | Literal["auto"], config: LoQTConfig) -> None:
         """Add an adapter.
 
@@ -291,6 +298,38 @@ class LoQTLayer(BaseTunerLayer):
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give an adapter the state of another one of the same config; they share no memory."""
+        self.loqt_B[target].data = self.loqt_B[source].detach().clone()
+        for container in (self.loqt_P, self.loqt_weight, self.loqt_error, self.loqt_state):
+            if source in container:
+                container[target] = container[source].clone()
+            elif target in container:
+                del container[target]
+        self._place_base()
+
+    def verify(self) -> None:
+        """Verify what a loader has written into this layer's adapters, unless that was done.
+
+        Raises:
+            ValueError: If it is not what was saved, is not meant for this model, or nothing was loaded.
+        """
+        for verification in list(self.verifications.values()):
+            verification.verify()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def leave_inference_mode(self) -> None:
+        """Replace tensors that were loaded in inference mode: outside of it they can neither be written to nor trained."""
+        for adapter_name, B in self.loqt_B.items():
+            if B.is_inference():
+                self.loqt_B[adapter_name] = nn.Parameter(B.clone(), requires_grad=B.requires_grad)
+        for container in (self.loqt_P, self.loqt_weight, self.loqt_error, self.loqt_state, self.loqt_seal):
+            for adapter_name, buffer in container.items():
+                if buffer.is_inference():
+                    container[adapter_name] = buffer.clone()
 
     def projection_format(self, adapter_name: str):
         """Storage format of P."""
@@ -327,6 +366,7 @@ class LoQTLayer(BaseTunerLayer):
             "loqt_state": self.loqt_state[adapter_name].shape,
         }
 
+    @torch.inference_mode(False)
     def allocate(self, adapter_name: str, P: torch.Tensor, weight: torch.Tensor | None) -> None:
         """Make the slots of P and the drifted weight fit tensors that are about to be loaded.
 
@@ -390,6 +430,9 @@ class LoQTLayer(BaseTunerLayer):
         buffer = self.loqt_state[adapter_name]
         if buffer.is_meta:
             return [0, 0]
+        if buffer.is_inference():
+            # it has no version
+            return buffer.tolist()
         cached = self._state_cache.get(adapter_name)
         if cached is None or cached[0] is not buffer or cached[1] != buffer._version:
             cached = self._state_cache[adapter_name] = (buffer, buffer._version, buffer.tolist())
@@ -463,6 +506,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
+        self.verify()
         B = self.loqt_B[adapter_name].detach().float()
         return expand(self.projection(adapter_name), B, self.right).mul_(self.scaling[adapter_name])
 
@@ -497,6 +541,7 @@ class LoQTLayer(BaseTunerLayer):
                 "(retain_base='drop'). Reload the base model, or train with retain_base='cpu'."
             )
 
+    @torch.inference_mode(False)
     def _place_base(self) -> None:
         """Put the base weight where `retain_base` wants it, now that adapters drifted, were merged or deleted."""
         if self.base_dropped:
@@ -793,7 +838,8 @@ class Linear(LoQTLayer, nn.Module):
 
         fuses = self._can_fuse(x, adapters)
         y = self._fused_forward(x, adapters[0]) if fuses else self._unfused_forward(x, adapters)
-        if self.training and self._records:
+        # another adapter's forward pass, as that of a reference model, is no part of the update
+        if self.training and self._records and self._updated_adapter in adapters:
             y = self._tap(x, y)
         elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
 import zlib
 from collections.abc import Callable
@@ -17,16 +19,19 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import ERROR, TENSORS, canonical, seal_adapter, verify_adapter
+from .checkpoint import ERROR, TENSORS, canonical, report_base_name, seal_adapter, verify_adapter
 from .config import LoQTConfig
+from .findings import Finding, report
 from .layer import Linear, LoQTLayer
 from .target_modules import TARGET_MODULES_MAPPING
-from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
+from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
 
 
 if TYPE_CHECKING:
     from .export import ExportReport
 
+# in the keys of what belongs to a LoQT layer
+_LOQT_PART = ".loqt_"
 # in the names of modules, but not in those of the state dict
 _FSDP_PREFIX = "_fsdp_wrapped_module."
 
@@ -96,9 +101,13 @@ def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict
     return {canonical(key): name for key, name in names.items()}
 
 
-def _embedding_names(model: nn.Module) -> set[str]:
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    return {name for name, module in model.named_modules() if any(module is e for e in embeddings)}
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    embeddings = []
+    for side in ("input", "output"):
+        # models of two towers, of images or of sound have no such module, and say so in this way
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, f"get_{side}_embeddings")())
+    return {name: module for name, module in model.named_modules() if any(module is e for e in embeddings)}
 
 
 def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
@@ -115,11 +124,11 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
     names = _rest_names(model, config, adapter_name)
     keys = {canonical(name): key for key, name in names.items()}
     # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
-    embeddings = {canonical(name) for name in _embedding_names(model)}
+    embeddings = tuple(f"{canonical(name)}." for name in _embeddings(model))
     adapter = {}
     for key, tensor in state_dict.items():
         key = canonical(key)
-        if key in keys or key.rpartition(".")[0] not in embeddings:
+        if key in keys or key in names or _LOQT_PART in key or not key.startswith(embeddings):
             adapter[keys.get(key, key)] = tensor
     own = model.state_dict()
     warning = verify_adapter(
@@ -135,36 +144,77 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
 
 def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
     # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    if hasattr(model, "tie_weights"):
+    # of which PEFT trains a copy is no longer tied
+    copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
+    if hasattr(model, "tie_weights") and not copied:
         model.tie_weights()
 
 
-class _VerifyOnFirstForward:
-    """Forward pre-hook for loaders that write into the model by themselves, as transformers' `load_adapter` does."""
+class _VerifyOnFirstUse:
+    """Verifies an adapter before anything is computed with it, or made from it.
+
+    Loaders other than PEFT's write into the model by themselves, and a config may say that something was to be loaded where
+    nothing was. It is a forward pre-hook of every module, so that it does not matter which one is called, and each layer
+    knows it (`LoQTLayer.verify`). Once there is nothing left to verify, nothing of it is left in the model.
+    """
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model = model
         self.adapter_name = adapter_name
-        self.id = model.register_forward_pre_hook(self).id
+        for layer in _layers_of(model, adapter_name).values():
+            layer.verifications[adapter_name] = self
+        self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
 
     @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        layers = _layers_of(model, self.adapter_name)
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.verify()
+
+    def verify(self) -> None:
+        layers = _layers_of(self.model, self.adapter_name)
         seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
         # zeros: PEFT loaded the adapter, or nobody did
         if any(seal.any() for seal in seals):
-            _tie_weights_after_load(model)
-            config, own = model.peft_config[self.adapter_name], model.state_dict()
-            saved = {
-                f"{name}.{part}": getattr(layer, part)[self.adapter_name]
-                for name, layer in layers.items()
-                for part in (*TENSORS, ERROR, "loqt_seal")
-                if self.adapter_name in getattr(layer, part)
-            }
-            saved |= {key: own[name] for key, name in _rest_names(model, config, self.adapter_name).items()}
-            _verify(model, config, self.adapter_name, saved)
-            for seal in seals:
-                seal.zero_()
-        model._forward_pre_hooks.pop(self.id, None)
+            self._verify_loaded(layers)
+        elif layers:
+            report(check_loaded(self.model.peft_config[self.adapter_name], self.adapter_name, layers))
+        self.end()
+
+    def _verify_loaded(self, layers: dict[str, LoQTLayer]) -> None:
+        _tie_weights_after_load(self.model)
+        config, own = self.model.peft_config[self.adapter_name], self.model.state_dict()
+        saved = {
+            f"{name}.{part}": getattr(layer, part)[self.adapter_name]
+            for name, layer in layers.items()
+            for part in (*TENSORS, ERROR, "loqt_seal")
+            if self.adapter_name in getattr(layer, part)
+        }
+        saved |= {key: own[name] for key, name in _rest_names(self.model, config, self.adapter_name).items()}
+        _verify(self.model, config, self.adapter_name, saved)
+        for layer in layers.values():
+            layer.leave_inference_mode()
+            layer.loqt_seal[self.adapter_name].zero_()
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for layer in _layers_of(self.model, self.adapter_name).values():
+            layer.verifications.pop(self.adapter_name, None)
+
+
+def check_loaded(config: LoQTConfig, adapter_name: str, layers: dict[str, LoQTLayer]) -> list[Finding]:
+    """Whether an adapter whose config speaks of updates has been through any; without, it is the untrained base model."""
+    if not config.num_updates or not layers or any(layer.num_updates(adapter_name) for layer in layers.values()):
+        return []
+    return [
+        Finding(
+            "error",
+            "nothing_loaded",
+            f"The LoQT adapter {adapter_name!r} was made with a config of num_updates={config.num_updates}, that of a trained "
+            "adapter, but nothing was loaded into it.",
+            "Load it with `PeftModel.from_pretrained` or `load_adapter`; to copy an adapter of this model, pass the very "
+            "config, `model.peft_config[name]`; to train a new one with these settings, set `config.num_updates = 0` first.",
+        )
+    ]
 
 
 class LoQTModel(BaseTuner):
@@ -309,11 +359,35 @@ class LoQTModel(BaseTuner):
                 elif B.dtype in (torch.float16, torch.bfloat16):
                     B.data = B.data.float()
 
-    def _post_injection_hook(self, model: nn.Module, config: LoQTConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Add the adapter of `peft_config[adapter_name]`; see `BaseTuner.inject_adapter`.
+
+        A config that is that of another adapter of this model, the very object, asks for a copy of that adapter, as TRL does
+        to keep a reference; one that it is not, but which has been through updates, must be followed by loading.
+        """
+        config = self.peft_config[adapter_name]
+        source = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        # training changes it, and the user may build another model with his
+        config = self.peft_config[adapter_name] = copy.copy(config)
+        if config.full_rank_modules == "all":
+            # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
+            config.trainable_token_indices = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.full_rank_modules:
             model.register_load_state_dict_post_hook(_tie_weights_after_load)
-        if config.format_version is not None:
-            _VerifyOnFirstForward(model, adapter_name)
+        layers = _layers_of(model, adapter_name).values()
+        if (
+            source is not None
+            and config.num_updates
+            and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
+        ):
+            for layer in layers:
+                layer.verify()
+                layer.copy_adapter(source, adapter_name)
+        elif config.format_version is not None or config.num_updates:
+            _VerifyOnFirstUse(model, adapter_name)
 
     ###############################
     # State dict
@@ -328,10 +402,16 @@ class LoQTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        layers = _layers_of(model, adapter_name)
+        for layer in layers.values():
+            layer.verify()
+        # the config is saved next, and by it a loader knows what there is to load
+        record_updates(model, adapter_name)
+        report_base_name(model)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
         rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
-        adapter.update(seal_adapter(_layers_of(model, adapter_name), rest, adapter_name, adapter))
+        adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
         return adapter
 
     @classmethod
@@ -342,13 +422,15 @@ class LoQTModel(BaseTuner):
         _verify(model, config, adapter_name, state_dict)
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
-        num_updates = 0
+        updates = [0]
+        for verification in {layer.verifications.pop(adapter_name, None) for layer in layers.values()} - {None}:
+            verification.end()
         for name, layer in layers.items():
             prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
             layer.allocate(adapter_name, state_dict[f"{prefix}.loqt_P"], state_dict.get(f"{prefix}.loqt_weight"))
-            num_updates = max(num_updates, int(state_dict[f"{prefix}.loqt_state"][0]))
+            updates.append(int(state_dict[f"{prefix}.loqt_state"][0]))
             state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
-        config.num_updates = num_updates
+        config.num_updates = max(updates)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     ###############################

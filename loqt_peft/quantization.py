@@ -286,11 +286,12 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
     """Bring a `Params4bit` back to the common layout, in place.
 
     In eval, on processors with AVX512-BF16, bitsandbytes repacks it into one that can neither be dequantized nor saved
-    nor differentiated through.
+    nor differentiated through. The absmax is rounded to bfloat16 on the way, for good.
     """
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-        # its inverse (0.50.2) leaves the absmax of weights that are not double-quantized transposed and in bfloat16
-        if state.absmax.dim() == 2:
-            state.absmax = state.absmax.T.reshape(-1).float()
+    # its inverse (0.50.2), which `state_dict` calls too, leaves the absmax of weights that are not double-quantized
+    # transposed and in bfloat16
+    if state is not None and state.absmax.dim() == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()

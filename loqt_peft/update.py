@@ -5,7 +5,6 @@ Works on any module that holds LoQT layers, a `PeftModel` or a model with inject
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import warnings
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from torch import nn
 
+from .checkpoint import report_base_name
 from .layer import LoQTLayer, Projected, Switch
 from .schedule import staggered_offsets
 
@@ -113,6 +113,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
     layers = list(loqt_layers(model))
     # a step that was never finished left a partial gradient
     for _, layer in layers:
+        layer.verify()
         layer.stop_capture()
     adapter_name, layers = _active(layers)
     if adapter_name is None:
@@ -121,6 +122,8 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         raise ValueError(
             f"Adapter {adapter_name!r} is merged and does not train. Call `model.unmerge_adapter()` first."
         )
+    if step == 0:
+        report_base_name(model)
     config = layers[0][1].config[adapter_name]
     # processes must average before anything is made of a gradient
     in_backward = config.update_mode != "whole" and not _is_distributed()
@@ -211,7 +214,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         _warn_without_gradient(model, [name for (name, _), row in zip(layers, by_layer, strict=True) if not row[5]])
 
     num_updates = layers[0][1].num_updates(adapter_name)
-    _record_updates(model, adapter_name, num_updates)
+    record_updates(model, adapter_name)
     change, weight, before, after, captured, gradient = (sum(column) for column in zip(*by_layer, strict=True))
     energy = captured / gradient if gradient else 0.0
     return LoQTUpdate(
@@ -224,15 +227,14 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     )
 
 
-def _record_updates(model: nn.Module, adapter_name: str, num_updates: int) -> None:
-    # in a copy, since PEFT keeps the very config that the user passed, and he may build another model with it
+def record_updates(model: nn.Module, adapter_name: str) -> None:
+    """Make the adapter's config say how many updates its layers have been through.
+
+    The config is that of the model's `peft_config`, whatever wraps it.
+    """
     layers = [layer for _, layer in loqt_layers(model) if adapter_name in layer.config]
-    config = copy.copy(layers[0].config[adapter_name])
-    config.num_updates = num_updates
-    for layer in layers:
-        layer.config[adapter_name] = config
-    if hasattr(model, "peft_config"):
-        model.peft_config[adapter_name] = config
+    if layers:
+        layers[0].config[adapter_name].num_updates = max(layer.num_updates(adapter_name) for layer in layers)
 
 
 def _is_distributed() -> bool:
