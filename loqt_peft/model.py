@@ -23,6 +23,7 @@ from .layer import Linear, LoQTLayer
 from .target_checks import TargetChecks
 from .target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
+from .weight_shares import weight_shares
 
 
 if TYPE_CHECKING:
@@ -217,6 +218,11 @@ class LoQTModel(BaseTuner):
     ###############################
     # Injection
     ###############################
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.peft_config[adapter_name].inference_mode:
+            report(weight_shares(model, adapter_name).findings())
 
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
