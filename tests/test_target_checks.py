@@ -58,58 +58,50 @@ METADATA = {"dtype", "device", "shape", "SCB", "quant_state", "_is_hf_initialize
 USE = re.compile(r"\w\.(?!\w*norm\w*\.)(\w+)\.weight\b(?!\.(?:dtype|device|shape))", re.IGNORECASE)
 
 
-def linear_attributes(cls, classes):
-    attributes = set()
-    for base in cls.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            attributes |= linear_attributes(classes[base.id], classes)
-    for node in ast.walk(cls):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            value = ast.unparse(node.value)
-            if "Linear" in value or "Conv1D(" in value:
-                attributes.add(node.targets[0].attr)
-    return attributes
+class Source:
+    """A file of transformers' models, of which only the classes in question are parsed."""
 
+    def __init__(self, path):
+        self.classes = {}
+        for text in re.split(r"^(?=[@a-zA-Z])", path.read_text(), flags=re.MULTILINE):
+            if match := re.match(r"class (\w+)(?:\((.*)\))?:", text):
+                self.classes[match[1]] = (text, re.findall(r"\w+", match[2] or ""))
 
-def read_weights(path):
-    """(class, child) of every linear layer whose `.weight` a method of that class, or one in that file, uses."""
-    source = path.read_text()
-    lines = [
-        number
-        for number, line in enumerate(source.splitlines(), 1)
-        if ".weight" in line and "init." not in line and USE.search(line)
-    ]
-    if not lines:
-        return
-    tree = ast.parse(source)
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    linear = {name: linear_attributes(cls, classes) for name, cls in classes.items()}
-    for cls in classes.values():
-        for method in cls.body:
-            if not isinstance(method, ast.FunctionDef) or "init" in method.name:
+    def linear_attributes(self, name):
+        """Names of a class's linear layers."""
+        text, bases = self.classes[name]
+        attributes = set(re.findall(r"self\.(\w+) = .*(?:Linear|Conv1D\()", text))
+        return attributes.union(*(self.linear_attributes(base) for base in bases if base in self.classes))
+
+    def read_weights(self):
+        """(class, child) of every linear layer whose `.weight` a method of that class, or one in this file, uses."""
+        for name, (text, _) in self.classes.items():
+            if any(".weight" in line and "init." not in line and USE.search(line) for line in text.splitlines()):
+                for method in ast.parse(text).body[0].body:
+                    if isinstance(method, ast.FunctionDef) and "init" not in method.name:
+                        yield from self.reads_of(method, name)
+
+    def reads_of(self, method, name):
+        users = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+        for node, user in users.items():
+            if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
                 continue
-            if not any(method.lineno <= line <= method.end_lineno for line in lines):
+            layer = node.value
+            if isinstance(user, ast.Attribute) and user.attr in METADATA or not isinstance(layer, ast.Attribute):
                 continue
-            parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-            for node in ast.walk(method):
-                if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
-                    continue
-                user, layer = parents[node], node.value
-                if isinstance(user, ast.Attribute) and user.attr in METADATA or not isinstance(layer, ast.Attribute):
-                    continue
-                if isinstance(user, ast.Call) and getattr(user.func, "id", "") in ("isinstance", "getattr", "hasattr"):
-                    continue
-                if isinstance(layer.value, ast.Name) and layer.value.id == "self":
-                    owners = [cls.name] if layer.attr in linear[cls.name] else []
-                else:
-                    owner = ast.unparse(layer.value).rpartition(".")[2].replace("_", "")
-                    owners = [n for n in linear if layer.attr in linear[n] and n.lower().endswith(owner)]
-                yield from ((owner, layer.attr) for owner in owners)
+            if isinstance(user, ast.Call) and getattr(user.func, "id", "") in ("isinstance", "getattr", "hasattr"):
+                continue
+            if isinstance(layer.value, ast.Name) and layer.value.id == "self":
+                owners = [name]
+            else:
+                end = ast.unparse(layer.value).rpartition(".")[2].replace("_", "")
+                owners = [owner for owner in self.classes if owner.lower().endswith(end)]
+            yield from ((owner, layer.attr) for owner in owners if layer.attr in self.linear_attributes(owner))
 
 
 def test_the_table_of_weights_that_are_read_is_that_of_transformers():
     models = Path(transformers.__file__).parent / "models"
-    found = {pair for path in models.glob("*/modeling_*.py") for pair in read_weights(path)}
+    found = {pair for path in models.glob("*/modeling_*.py") for pair in Source(path).read_weights()}
     assert found - NEVER == {(owner, child) for owner, children in READ_NOT_CALLED.items() for child in children}
 
 
