@@ -57,7 +57,7 @@ def by_adapter(model, config):
 
 
 def by_peft(model, config):
-    model[0].auto_model = get_peft_model(model[0].auto_model, config)
+    model[0].model = get_peft_model(model[0].auto_model, config)
 
 
 @pytest.mark.parametrize("add", [by_adapter, by_peft])
