@@ -6,8 +6,9 @@ from common import loqt_config
 from datasets import Dataset
 from peft import get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerFast
 
