@@ -18,6 +18,7 @@ from .layer import LoQTLayer
 from .model_card import keep_loqt_section, write_model_card
 from .performance import PerformanceCallback, callback_handler
 from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
+from .weight_shares import weight_shares
 
 
 REFUSED = {
@@ -132,7 +133,8 @@ class LoQTTrainerCallback(PerformanceCallback):
         return (
             f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "
             f"({100 * trainable / (weights + others):.1f}% of the base model's), "
-            f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps"
+            f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps\n"
+            f"LoQT: {weight_shares(model, adapter_name)}"
         )
 
     @staticmethod

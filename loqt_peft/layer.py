@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
 from .compensation import compensate
 from .functional import LoQTLinear
+from .module_hooks import swap_hooks
 from .projection import (
     captured_energy,
     expand,
@@ -32,6 +33,7 @@ from .projection import (
     trainable_shape,
 )
 from .quantization import storage_format, undo_cpu_packing
+from .weight_guard import UnreadableWeight
 
 
 if TYPE_CHECKING:
@@ -346,6 +348,16 @@ class LoQTLayer(BaseTunerLayer):
     def weight_dtype(self) -> torch.dtype:
         """Floating dtype of the base weight; of a 4-bit base the dtype that it dequantizes to."""
         return self._quantized_dtype or self.get_base_layer().weight.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight; while an adapter acts, only to ask for its dtype, device and shape."""
+        weight = self.get_base_layer().weight
+        acts = any(name in self.loqt_B for name in self.active_adapters)
+        readable = self.disable_adapters or self.merged or not acts or self.quantization_backend is not None
+        if readable or torch.compiler.is_compiling():
+            return weight
+        return weight.detach().as_subclass(UnreadableWeight)
 
     def is_drifted(self, adapter_name: str) -> bool:
         """Whether the adapter has been through a switch, so that it holds a weight of its own."""
@@ -821,6 +833,8 @@ class Linear(LoQTLayer, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         LoQTLayer.__init__(self, base_layer, seed)
+        # the base layer is called before the first switch only
+        swap_hooks(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, scaling, config)
 
@@ -1011,7 +1025,9 @@ class Linear(LoQTLayer, nn.Module):
             weight = self.merged_weight(self.merged_adapters + self._adapters_to_merge(adapter_names), safe_merge)
             # PEFT takes weight and bias of the module that replaces this one from here
             self.base_layer = dense_layer(self.get_base_layer(), weight, self.weight_dtype)
-        return self.get_base_layer()
+        base_layer = self.get_base_layer()
+        swap_hooks(self, base_layer)
+        return base_layer
 
     def unmerge(self) -> None:
         """Put the base weight from before `merge` back, bit for bit."""

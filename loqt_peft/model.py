@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Literal
 
 import bitsandbytes as bnb
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import ERROR, TENSORS, canonical, report_base_name, seal_adapter, verify_adapter
 from .config import LoQTConfig
 from .findings import Finding, report
 from .layer import Linear, LoQTLayer
-from .target_modules import TARGET_MODULES_MAPPING
+from .target_checks import TargetChecks
+from .target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
+from .weight_shares import weight_shares
 
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 _LOQT_PART = ".loqt_"
 # in the names of modules, but not in those of the state dict
 _FSDP_PREFIX = "_fsdp_wrapped_module."
-
-SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
 
 def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
@@ -269,11 +268,35 @@ class LoQTModel(BaseTuner):
     # Injection
     ###############################
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.peft_config[adapter_name].inference_mode:
+            report(weight_shares(model, adapter_name).findings())
+
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
             targets = self.target_module_mapping.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = without_unfit(self.model, peft_config.target_modules)
         return peft_config
+
+    def _prepare_model(self, peft_config: LoQTConfig, model: nn.Module) -> None:
+        # before anything is changed
+        super()._prepare_model(peft_config, model)
+        checks = TargetChecks(model)
+        adapters = tuple(f"{name}." for name, module in checks.modules.items() if isinstance(module, BaseTunerLayer))
+        names = [
+            name
+            for name, _ in model.named_modules()
+            if name and not name.startswith(adapters) and self._check_target_module_exists(peft_config, name)
+        ]
+        self._checked_targets = set(names)
+        if peft_config.full_rank_modules:
+            names += [name for name in checks.modules if name not in self._checked_targets and checks.offloaded(name)]
+        report(checks.findings(names))
 
     def _check_new_adapter_config(self, config: LoQTConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -307,32 +330,20 @@ class LoQTModel(BaseTuner):
         if isinstance(target, LoQTLayer):
             target.update_layer(adapter_name, r, scaling, loqt_config)
             return
-        self._check_target(target, parent, current_key)
+        if current_key not in self._checked_targets:
+            # PEFT goes by the names in a state dict rather than by the config, if it gets one
+            report(TargetChecks(self.model).findings([current_key]))
         new_module = Linear(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
-    def _check_target(self, target: nn.Module, parent: nn.Module, key: str) -> None:
-        backend = resolve_quantization_backend(target)
-        supported = isinstance(target, (nn.Linear, Conv1D)) and (
-            backend is None or isinstance(target, bnb.nn.Linear4bit)
-        )
-        if not supported:
-            raise ValueError(
-                f"Target module {key!r} is a {type(target).__name__}, which LoQT does not support: only {SUPPORTED}."
-            )
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"Target module {key!r} lies inside nn.MultiheadAttention, which uses its weight without calling it. Add it "
-                "to exclude_modules."
-            )
-        for name, module in self.model.named_modules():
-            if module is not target and getattr(module, "weight", None) is target.weight:
-                raise ValueError(
-                    f"Target module {key!r} shares its weight with {name!r}. LoQT would change the one and not the other. "
-                    "Untie them (`tie_word_embeddings=False`), or leave it out of target_modules."
-                )
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT's own would give it the weight of what it replaces, which a head of several layers has not
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import gather
@@ -34,6 +36,31 @@ def callback_handler() -> CallbackHandler | None:
     return None
 
 
+def count_tokens(inputs: Any) -> int:
+    """Tokens in what a forward pass got; 0 where there are none, as of images and audio.
+
+    Args:
+        inputs:
+            A mapping is counted by its `input_ids` (integers, any shape) or `inputs_embeds` (`[..., hidden]`), or, without
+            them, by the mappings in it. So is each mapping in a list or tuple; one without mappings by its first tensor, if
+            that holds integers, and a tensor likewise.
+    """
+    if isinstance(inputs, torch.Tensor):
+        is_ids = not (inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool)
+        return inputs.numel() if is_ids else 0
+    if isinstance(inputs, Mapping):
+        if (ids := inputs.get("input_ids")) is not None:
+            return count_tokens(ids)
+        if (embeddings := inputs.get("inputs_embeds")) is not None:
+            return embeddings.shape[:-1].numel()
+        return sum(count_tokens(value) for value in inputs.values() if not isinstance(value, torch.Tensor))
+    if isinstance(inputs, (list, tuple)) and inputs:
+        if isinstance(inputs[0], torch.Tensor):
+            return count_tokens(inputs[0])
+        return sum(count_tokens(value) for value in inputs)
+    return 0
+
+
 class PerformanceCallback(TrainerCallback):
     """Adds measured memory and speed to what the Trainer logs of training, and the true `grad_norm` of per-layer updates.
 
@@ -42,7 +69,7 @@ class PerformanceCallback(TrainerCallback):
 
     - `loqt/tokens_per_second`: input tokens of the training forward passes, padding included, over all processes. The time
       is that of the steps, LoQT's updates and loading data included, evaluating and saving excluded. Only for models that
-      get `input_ids` or `inputs_embeds`.
+      get `input_ids` or `inputs_embeds`, by name, as the first argument, or within a dict, list or tuple.
     - `loqt/peak_memory_allocated`, `loqt/peak_memory_reserved`: bytes on the device by torch's counters, of the process
       that has most. Evaluating counts. The counters are reset at each entry, for anybody else who reads them too.
     - `loqt/peak_resident_memory`: in place of these where torch has no such counters, as on the CPU, and on Linux only: bytes
@@ -130,11 +157,7 @@ class PerformanceCallback(TrainerCallback):
     def _on_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not model.training:
             return
-        tokens, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if tokens is not None:
-            self._tokens.add_(tokens.numel())
-        elif embeddings is not None:
-            self._tokens.add_(embeddings.shape[0] * embeddings.shape[1])
+        self._tokens.add_(count_tokens(kwargs) or count_tokens(args))
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

@@ -323,12 +323,12 @@ def test_memory_of_a_device(monkeypatch):
 
 
 def test_counting_tokens_breaks_no_graph():
-    net, callback = torch.nn.Linear(4, 4), PerformanceCallback()
+    net, callback = torch.nn.Embedding(4, 4), PerformanceCallback()
     callback._count_tokens(net, torch.device("cpu"))
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for _ in range(3):
-        compiled(torch.ones(2, 4))
+        compiled(torch.ones(2, 4, dtype=torch.int64))
     assert callback._tokens.item() == 3 * 8
     assert counter.frame_count == 1
 
