@@ -18,7 +18,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
+from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
 from .compensation import compensate
 from .functional import LoQTLinear
 from .projection import (
@@ -228,7 +228,7 @@ class LoQTLayer(BaseTunerLayer):
         self._offload_gradients = False
         self._is_last_backward: Callable[[], bool] | None = None
         self._capture_id = next(_capture_ids)
-        self._capture_token = torch.zeros(1)
+        self._capture_token = torch.zeros(1, dtype=torch.float32, device="cpu")
         # forward passes of this step whose backward pass has not come by
         self._calls = 0
         self._gradient: torch.Tensor | None = None
@@ -279,15 +279,16 @@ class LoQTLayer(BaseTunerLayer):
         self.config[adapter_name] = config
 
         # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
-        B = torch.zeros(trainable_shape(self.shape, r))
-        P = torch.zeros(projection_shape(self.shape, r))
+        device = torch.device("meta" if self._compute_device().type == "meta" else "cpu")
+        B = torch.zeros(trainable_shape(self.shape, r), dtype=torch.float32, device=device)
+        P = torch.zeros(projection_shape(self.shape, r), dtype=torch.float32, device=device)
         if not config.init_weights:
             nn.init.kaiming_uniform_(B, a=5**0.5)
             nn.init.orthogonal_(P)
         self.loqt_B[adapter_name] = nn.Parameter(B)
         self.loqt_P[adapter_name] = self.projection_format(adapter_name).pack(P)
-        self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64)
-        self.loqt_seal[adapter_name] = torch.zeros(SEAL_SIZE, dtype=torch.int64)
+        self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64, device=device)
+        self.loqt_seal[adapter_name] = torch.zeros(SEAL_SIZE, dtype=torch.int64, device=device)
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -410,7 +411,9 @@ class LoQTLayer(BaseTunerLayer):
     def _write_state(self, adapter_name: str, num_updates: int, pending: bool) -> None:
         state = [num_updates, int(pending)]
         buffer = self.loqt_state[adapter_name]
-        buffer.copy_(torch.tensor(state, dtype=torch.int64))
+        # values of the host go along with the call; a copy of a tensor of the host would be waited for
+        for element, value in zip(buffer, state, strict=True):
+            element.fill_(value)
         self._state_cache[adapter_name] = (buffer, buffer._version, state)
 
     ###############################
@@ -442,7 +445,7 @@ class LoQTLayer(BaseTunerLayer):
             return self._base_sample
         weight = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
         if weight.device.type == "meta":
-            return base_storage_code(weight), torch.full((SAMPLE_SIZE,), torch.nan)
+            return base_storage_code(weight), no_sample()
         if self.quantization_backend is None:
             return base_storage_code(weight), sample(weight.detach())
         return base_storage_code(weight), sample(self._base_weight())
@@ -510,8 +513,8 @@ class LoQTLayer(BaseTunerLayer):
             weight = self.get_base_layer().weight
             # the (Params4bit) shell stays: it knows how to quantize a merged weight
             if getattr(weight, "quant_state", None) is not None:
-                weight.quant_state.absmax = torch.empty(0, device=weight.device)
-            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                weight.quant_state.absmax = weight.quant_state.absmax.new_empty(0)
+            weight.data = weight.data.new_empty(0)
             self.base_dropped = True
         else:
             self._move_base(torch.device("cpu"))
@@ -678,7 +681,7 @@ class LoQTLayer(BaseTunerLayer):
         P = random_projection(self.shape, self.r[adapter_name], self.projection_seed(adapter_name), device)
         return Projected(
             self.projection_format(adapter_name).pack(P),
-            torch.zeros(2, device=device),
+            torch.zeros(2, dtype=torch.float32, device=device),
             torch.ones((), dtype=torch.bool, device=device),
         )
 

@@ -242,7 +242,7 @@ def _is_distributed() -> bool:
 def _not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     """Number of layers that an update would break, on any process."""
     device = layers[0][1].loqt_P[adapter_name].device
-    broken = torch.zeros(len(layers), device=device)
+    broken = torch.zeros(len(layers), dtype=torch.float32, device=device)
     for index, (_, layer) in enumerate(layers):
         if (finite := layer.is_finite) is not None:
             broken[index] = (~finite).to(device, torch.float32)
