@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
 from .compensation import compensate
 from .functional import LoQTLinear
+from .host_memory import HostCopy, for_device, for_host
 from .projection import (
     captured_energy,
     expand,
@@ -126,12 +127,10 @@ class _GradientTap(torch.autograd.Function):
         return grad_output, None, None
 
 
-def _on_host(tensor: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
-    """A copy on the CPU, in the memory of `host` if that is such a tensor."""
-    if host is None or host.device.type != "cpu":
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    # in the order of the device's stream, and so is all that reads it
-    return host.copy_(tensor, non_blocking=True)
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """0-d bool, on the tensor's device."""
+    # a sum is finite only if every term is
+    return torch.isfinite(tensor.sum())
 
 
 # the layers of compiled models that record gradients, by their `_capture_id`: a compiled graph holds no Python object
@@ -231,7 +230,9 @@ class LoQTLayer(BaseTunerLayer):
         self._capture_token = torch.zeros(1, dtype=torch.float32, device="cpu")
         # forward passes of this step whose backward pass has not come by
         self._calls = 0
-        self._gradient: torch.Tensor | None = None
+        self._gradient: torch.Tensor | HostCopy | None = None
+        # of a gradient that is on its way to the host
+        self._gradient_is_finite: torch.Tensor | None = None
         self._projected: Projected | None = None
         self._attended = False
 
@@ -593,18 +594,22 @@ class LoQTLayer(BaseTunerLayer):
         """Stop recording and hand over what there is.
 
         Returns:
-            The gradient, float32 `[out, in]`, or what was made of it; both `None` if nothing was recorded.
+            The gradient, float32 `[out, in]`, or what was made of it; both `None` if nothing was recorded. A tensor on the
+            host may still be on its way there, and is for work on the device's current stream only.
         """
-        captured = self._gradient, self._projected
+        gradient, projected = self._gradient, self._projected
         self._updated_adapter = self._is_last_backward = self._gradient = self._projected = None
+        self._gradient_is_finite = None
         self._records = False
         self._calls = 0
-        return captured
+        if projected is not None:
+            projected = projected._replace(P=for_device(projected.P))
+        return None if gradient is None else for_device(gradient), projected
 
     @property
     def captured_gradient(self) -> torch.Tensor | None:
-        """What has been recorded so far, and not yet been made into a projection."""
-        return self._gradient
+        """What has been recorded so far, and not yet been made into a projection; waits for a copy on its way to the host."""
+        return None if self._gradient is None else for_host(self._gradient)
 
     @property
     def is_finite(self) -> torch.Tensor | None:
@@ -614,8 +619,9 @@ class LoQTLayer(BaseTunerLayer):
             return torch.isfinite(self.loqt_B[self._updated_adapter].detach().sum(dtype=torch.float32))
         if self._projected is not None:
             return self._projected.finite
-        # a sum is finite only if every term is
-        return None if self._gradient is None else torch.isfinite(self._gradient.sum())
+        if self._gradient_is_finite is not None:
+            return self._gradient_is_finite
+        return None if self._gradient is None else _is_finite(self._gradient)
 
     @torch.no_grad()
     def accumulate_gradient(self, grad_output: torch.Tensor, x: torch.Tensor) -> None:
@@ -642,21 +648,26 @@ class LoQTLayer(BaseTunerLayer):
         # a module may run several times in a forward pass
         self._calls -= 1
         if self._gradient is not None:
-            gradient.add_(self._gradient.to(gradient.device, non_blocking=True))
+            gradient.add_(for_device(self._gradient).to(gradient.device, non_blocking=True))
         if self._calls == 0 and self._is_last_backward is not None and self._is_last_backward():
-            self._gradient = None
+            self._gradient = self._gradient_is_finite = None
             projected = self.project_gradient(self._updated_adapter, gradient)
             if self._offload_gradients:
-                projected = projected._replace(P=_on_host(projected.P))
+                projected = projected._replace(P=HostCopy(projected.P))
             self._projected = projected
         elif self._offload_gradients and self._calls <= 0:
-            self._gradient = _on_host(gradient, self._gradient)
+            # made where the values are: nobody may read them on the host without waiting
+            self._gradient_is_finite = _is_finite(gradient)
+            previous = self._gradient if isinstance(self._gradient, HostCopy) else None
+            self._gradient = HostCopy(gradient, previous)
         else:
-            self._gradient = gradient
+            self._gradient, self._gradient_is_finite = gradient, None
 
     @torch.no_grad()
     def project_gradient(self, adapter_name: str, gradient: torch.Tensor) -> Projected:
-        """From dL/dW to P (paper Algorithm 1, line 7). Nothing here waits for the device.
+        """From dL/dW to P (paper Algorithm 1, line 7).
+
+        The host waits for the device in the decomposition, of which torch checks whether it converged, and nowhere else.
 
         Args:
             adapter_name (`str`): The adapter.
