@@ -409,7 +409,9 @@ def late_copies(monkeypatch):
 
 
 @pytest.mark.parametrize("update_mode", ["whole", "backward"])
-def test_an_update_waits_for_gradients_on_their_way_to_the_host_on_the_device_only(late_copies, monkeypatch, update_mode):
+def test_an_update_waits_for_gradients_on_their_way_to_the_host_on_the_device_only(
+    late_copies, monkeypatch, update_mode
+):
     def train():
         config = loqt_config(update_mode=update_mode, offload_gradients=True)
         model = get_peft_model(tiny_llama(), config).train()

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from common import loqt_config, tiny_llama, token_batch
+from peft import get_peft_model
 from safetensors.torch import load_file
+
+from loqt_peft import update
+from loqt_peft.layer import LoQTLayer
 
 
 def run(output_dir, processes, batch_size, accumulation, update_mode, projection):
@@ -47,3 +53,52 @@ def test_processes_end_with_the_same_bits_and_the_global_gradient(
         projections = [key for key in first if "loqt_P" in key]
         assert len(projections) == 14
         assert all(torch.equal(first[key], alone[key]) for key in projections)
+
+
+class Processes:
+    """Stands in for torch.distributed, as process `rank` of 2 sees it; writes down what happens in which order."""
+
+    ReduceOp = dist.ReduceOp
+
+    def __init__(self, rank):
+        self.rank, self.log = rank, []
+
+    is_available = is_initialized = staticmethod(lambda: True)
+    get_world_size = staticmethod(lambda: 2)
+
+    def get_rank(self):
+        return self.rank
+
+    def all_reduce(self, tensor, op):
+        pass
+
+    def reduce(self, tensor, dst, op):
+        self.log.append(f"reduce to {dst}")
+
+    def broadcast(self, tensor, src):
+        if self.log[-1] != f"broadcast from {src}":
+            self.log.append(f"broadcast from {src}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("projection", ["randomized", "random"])
+def test_processes_work_on_layers_at_the_same_time(monkeypatch, rank, projection):
+    processes = Processes(rank)
+    monkeypatch.setattr(update, "dist", processes)
+    compute_switch = LoQTLayer.compute_switch
+
+    def compute(layer, *args):
+        processes.log.append("work")
+        return compute_switch(layer, *args)
+
+    monkeypatch.setattr(LoQTLayer, "compute_switch", compute)
+    model = get_peft_model(tiny_llama(num_hidden_layers=1), loqt_config(projection=projection)).train()
+    model.begin_step(0)
+    model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    assert model.end_step().num_updates == 1
+
+    # 7 layers; the last one has nobody to share the time with
+    reduces = [] if projection == "random" else ["reduce to 0", "reduce to 1"]
+    group = [*reduces, "work", "broadcast from 0", "broadcast from 1"]
+    last = [*reduces[:1], *(["work"] if rank == 0 else []), "broadcast from 0"]
+    assert processes.log == group * 3 + last
