@@ -16,6 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
@@ -32,7 +33,7 @@ from .projection import (
     squared_norm,
     trainable_shape,
 )
-from .quantization import storage_format, undo_cpu_packing
+from .quantization import on_device, storage_format, undo_cpu_packing
 
 
 if TYPE_CHECKING:
@@ -429,15 +430,15 @@ class LoQTLayer(BaseTunerLayer):
         """The original base weight, float32 `[out, in]`, on the device of the computation."""
         self.require_base("The change of the original weights")
         base_layer = self.get_base_layer()
-        merged = base_layer.weight
-        if self._unmerged:
-            base_layer.weight = self._unmerged[0]
+        current = base_layer.weight
+        original = self._unmerged[0] if self._unmerged else current
+        undo_cpu_packing(original)
+        base_layer.weight = on_device(original, self._compute_device())
         try:
-            undo_cpu_packing(self.get_base_layer().weight)
             weight = self.get_base_weight()
         finally:
-            base_layer.weight = merged
-        weight = weight.to(self._compute_device(), torch.float32)
+            base_layer.weight = current
+        weight = weight.to(torch.float32)
         return weight.T if self.fan_in_fan_out else weight
 
     def base_sample(self) -> tuple[int, torch.Tensor]:
@@ -493,6 +494,11 @@ class LoQTLayer(BaseTunerLayer):
         for weight in self.loqt_weight.values():
             return weight.device
         return self.get_base_layer().weight.device
+
+    @property
+    def base_is_offloaded(self) -> bool:
+        """Whether the base weight lies on another device than the computation."""
+        return self.get_base_layer().weight.device != self._compute_device()
 
     def require_base(self, action: str) -> None:
         if self.base_dropped:
@@ -830,11 +836,10 @@ class Linear(LoQTLayer, nn.Module):
             self.require_base("The base model's output")
         base_layer = self.get_base_layer()
         if torch.is_grad_enabled():
-            undo_cpu_packing(self.get_base_layer().weight)
+            undo_cpu_packing(base_layer.weight)
         if base_layer.weight.device == x.device:
             return base_layer(x)
-        weight = self._base_weight().to(x.device, self.weight_dtype)
-        return F.linear(x.to(self.weight_dtype), weight, base_layer.bias)
+        return functional_call(base_layer, {"weight": on_device(base_layer.weight, x.device)}, x)
 
     def _can_fuse(self, x: torch.Tensor, adapters: list[str]) -> bool:
         # torch.compile fuses by itself

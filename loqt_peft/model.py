@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import ERROR, TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
+from .distributed import ignored_by_ddp
 from .layer import Linear, LoQTLayer
 from .target_modules import TARGET_MODULES_MAPPING
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
@@ -205,15 +206,8 @@ class LoQTModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
-        # names are those in the PeftModel, which is what DDP wraps.
-        containers = ("loqt_P", "loqt_weight", "loqt_error", "loqt_state", "loqt_seal")
-        return [
-            f"base_model.{name}.{container}.{adapter_name}"
-            for name, layer in loqt_layers(self)
-            for container in containers
-            for adapter_name in getattr(layer, container)
-        ]
+        # the names are those in the PeftModel, which is what DDP wraps
+        return [f"base_model.{name}" for name in ignored_by_ddp(self)]
 
     ###############################
     # Injection

@@ -8,6 +8,7 @@ its float32 bits.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -326,3 +327,18 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
         # its inverse (0.50.2) leaves the absmax of weights that are not double-quantized transposed and in bfloat16
         if state.absmax.dim() == 2:
             state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def on_device(weight: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    """A frozen weight on a device, as it is stored, a `Params4bit` with its quantization state; the given one stays where it is."""
+    if weight.device == device:
+        return weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
+    undo_cpu_packing(weight)
+    # `Params4bit.to` moves the state that it shares with its copies
+    weight = copy.copy(weight)
+    state = weight.quant_state = copy.copy(state)
+    state.state2 = copy.copy(state.state2)
+    return weight.to(device)

@@ -1,5 +1,7 @@
 """Two processes with gloo, started as a user would start them."""
 
+import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -8,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import loqt_config, tiny_llama, token_batch
+from common import loqt_config, make_trainer, tiny_llama, token_batch, train_steps
 from peft import get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
-from loqt_peft import update
+from loqt_peft import LoQTTrainerCallback, update
+from loqt_peft.distributed import ignored_by_ddp, tell_ddp
 from loqt_peft.layer import LoQTLayer
+from loqt_peft.update import loqt_layers
 
 
 def run(output_dir, processes, batch_size, accumulation, update_mode, projection):
@@ -102,3 +107,80 @@ def test_processes_work_on_layers_at_the_same_time(monkeypatch, rank, projection
     group = [*reduces, "work", "broadcast from 0", "broadcast from 1"]
     last = [*reduces[:1], *(["work"] if rank == 0 else []), "broadcast from 0"]
     assert processes.log == group * 3 + last
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def drifted():
+    model = get_peft_model(tiny_llama(), loqt_config(retain_base="cpu", error_feedback=True))
+    train_steps(model, 1)
+    return model
+
+
+def offload(model):
+    """Put what is on the host of a model on a device on `meta`, which stands for a second type of device."""
+    for _, layer in loqt_layers(model):
+        base_layer = layer.get_base_layer()
+        base_layer.weight = nn.Parameter(base_layer.weight.to("meta"), requires_grad=False)
+        layer.loqt_error["default"] = layer.loqt_error["default"].to("meta")
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **kwargs):
+        return self.inner(**kwargs)
+
+
+def as_peft_model(model):
+    return model
+
+
+def inside_another_module(model):
+    return Wrapper(model)
+
+
+def injected(model):
+    # what transformers' `add_adapter` leaves: LoQT layers in a model that is none of PEFT's
+    return model.get_base_model()
+
+
+@pytest.mark.parametrize("build", [as_peft_model, inside_another_module, injected])
+def test_ddp_takes_a_model_with_an_offloaded_base(one_process, tmp_path, build):
+    model = build(drifted())
+    # as the Trainer does it: before a checkpoint is loaded
+    make_trainer(model, tmp_path, [LoQTTrainerCallback()])
+    offload(model)
+
+    parallel = nn.parallel.DistributedDataParallel(model)
+    elsewhere = {
+        name
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        if tensor.device.type == "meta"
+    }
+    buffers = {name for name, _ in model.named_buffers() if ".loqt_" in name}
+    assert len(elsewhere) == 28 and parallel.parameters_to_ignore == elsewhere | buffers
+    parallel.train()(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    gradients = [layer.loqt_B["default"].grad for _, layer in loqt_layers(model)]
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_ddp_makes_a_base_on_the_device_equal_on_all_processes():
+    model = drifted()
+    assert not any(name.endswith("base_layer.weight") for name in ignored_by_ddp(model))
+    assert set(model._ddp_params_and_buffers_to_ignore) == set(ignored_by_ddp(model))
+
+
+def test_ddp_leaves_alone_what_a_module_has_named_itself():
+    module = Wrapper(get_peft_model(tiny_llama(), loqt_config()))
+    module._ddp_params_and_buffers_to_ignore = ["another"]
+    for _ in range(2):
+        tell_ddp(module)
+    assert list(copy.deepcopy(module)._ddp_params_and_buffers_to_ignore) == ["another", *ignored_by_ddp(module)]
