@@ -1,8 +1,14 @@
 """LoQT (arXiv 2405.16528) for Hugging Face PEFT. Importing it registers the tuner type `LOQT`."""
 
-from peft.utils import PeftType, register_peft_method
+from .requirements import check_requirements
 
-from ._version import __version__
+
+# before anything of theirs is imported: what is too old may fail there with an obscure error, or later with none
+check_requirements()
+
+from peft.utils import PeftType, register_peft_method  # noqa: E402
+
+from ._version import __version__  # noqa: E402
 
 
 def _register_peft_type() -> None:

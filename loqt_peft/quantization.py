@@ -330,7 +330,7 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
 
 
 def on_device(weight: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
-    """A frozen weight on a device, as it is stored, a `Params4bit` with its quantization state; the given one stays where it is."""
+    """A copy of a frozen weight on a device, as it is stored, a `Params4bit` with its quantization state."""
     if weight.device == device:
         return weight
     state = getattr(weight, "quant_state", None)

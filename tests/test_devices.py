@@ -98,12 +98,13 @@ def test_an_offloaded_base_computes_what_it_would_compute_on_the_device(base_dir
     assert layer.get_base_layer().weight.device.type == "meta"
 
 
-def test_an_update_asks_the_host_for_nothing_but_decompositions():
+def test_writing_the_state_and_packing_copy_nothing_from_the_host():
     # a copy from the host's ordinary memory to a device is waited for
     layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
     with torch.no_grad(), Transfers() as transfers:
         layer._write_state("default", 3, True)
+        assert not transfers.moved
         for quant_type, double_quant in (("nf4", False), ("fp4", False), ("nf4", True)):
             storage = storage_format((64, 48), quant_type, double_quant, torch.float32)
             # the second time, when the tables are there
@@ -111,7 +112,6 @@ def test_an_update_asks_the_host_for_nothing_but_decompositions():
                 transfers.moved.clear()
                 storage.unpack(storage.pack(torch.empty(64, 48, device="meta")))
             assert not transfers.moved
-    assert not transfers.moved
 
 
 def test_the_state_of_an_update_is_written_element_by_element():
