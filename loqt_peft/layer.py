@@ -23,6 +23,7 @@ from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
 from .compensation import compensate
 from .functional import LoQTLinear
 from .host_memory import HostCopy, for_device, for_host
+from .precision import without_autocast
 from .projection import (
     captured_energy,
     expand,
@@ -466,6 +467,7 @@ class LoQTLayer(BaseTunerLayer):
             return self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
         return self._base_weight()
 
+    @without_autocast
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
         B = self.loqt_B[adapter_name].detach().float()
@@ -581,7 +583,10 @@ class LoQTLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The adapter that will be updated.
-            offload (`bool`): Keep on the CPU what has to be kept of the gradient until the switch.
+            offload (`bool`):
+                Keep on the CPU what has to be kept of the gradient until the switch: the packed P where it is computed in
+                the backward pass, else 4 bytes for each element of W. Up to 2 GiB of a process are page-locked (see
+                [`~loqt_peft.host_memory.PINNED_BYTES`]), the rest is ordinary memory, which is given back afterwards.
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.
@@ -630,6 +635,7 @@ class LoQTLayer(BaseTunerLayer):
         return None if self._gradient is None else _is_finite(self._gradient)
 
     @torch.no_grad()
+    @without_autocast
     def accumulate_gradient(self, grad_output: torch.Tensor, x: torch.Tensor) -> None:
         """Add `grad_outputᵀ x` to the recorded gradient.
 
@@ -670,6 +676,7 @@ class LoQTLayer(BaseTunerLayer):
             self._gradient, self._gradient_is_finite = gradient, None
 
     @torch.no_grad()
+    @without_autocast
     def project_gradient(self, adapter_name: str, gradient: torch.Tensor) -> Projected:
         """From dL/dW to P (paper Algorithm 1, line 7).
 
@@ -708,6 +715,7 @@ class LoQTLayer(BaseTunerLayer):
         return hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
 
     @torch.no_grad()
+    @without_autocast
     def compute_switch(self, adapter_name: str, projected: Projected | None) -> Switch:
         """Merge and compensate (paper Algorithm 1, lines 5-10), without writing anything.
 

@@ -7,10 +7,8 @@ its float32 bits.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -24,6 +22,8 @@ from bitsandbytes.functional import (
     get_4bit_type,
     quantize_blockwise,
 )
+
+from .precision import plain_defaults
 
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -42,28 +42,16 @@ _dynamic_maps: dict[torch.device, torch.Tensor] = {}
 def _dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 levels to which double quantization rounds an absmax; building it takes longer than using it."""
     if device not in _dynamic_maps:
-        with _plain_defaults():
+        with plain_defaults():
             levels = create_dynamic_map()
         _dynamic_maps[device] = levels.to(device)
     return _dynamic_maps[device]
 
 
-@contextlib.contextmanager
-def _plain_defaults() -> Iterator[None]:
-    """bitsandbytes makes its tables in torch's default dtype and on its default device, which are the user's to set."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
 @cache
 def _make_portable_tables(quant_type: str, device_type: str) -> None:
     """Let bitsandbytes make the tables that its portable kernels keep for the life of the process."""
-    with _plain_defaults():
+    with plain_defaults():
         _bitsandbytes_quantize(torch.zeros(1, BLOCKSIZE, dtype=torch.float32, device=device_type), quant_type)
 
 
@@ -87,7 +75,7 @@ def _nf4_bins() -> tuple[torch.Tensor, torch.Tensor]:
         Of each of the `_BINS + 1` bins (the last one for x = 1) the number of bounds below it, and the next bound;
         float32.
     """
-    with _plain_defaults():
+    with plain_defaults():
         levels = get_4bit_type("nf4", device="cpu")
         bounds = (levels[:-1] + levels[1:]) / 2
         # what float32 may put into a neighbouring bin

@@ -18,6 +18,7 @@ from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from torch import nn
 
 from .layer import LoQTLayer, Projected, Switch
+from .precision import without_autocast
 from .schedule import staggered_offsets
 
 
@@ -318,6 +319,7 @@ def _project(
     return projected if gradient is None else layer.project_gradient(adapter_name, gradient)
 
 
+@without_autocast
 def _treat_optimizer_state(
     layer: LoQTLayer, adapter_name: str, optimizer: torch.optim.Optimizer, P_old: torch.Tensor | None
 ) -> None:

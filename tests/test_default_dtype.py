@@ -1,4 +1,4 @@
-"""What the package computes and saves does not depend on torch's default dtype and device, and leaves nothing wrong behind."""
+"""What the package computes and saves does not depend on torch's default dtype and device nor on autocast."""
 
 import contextlib
 import itertools
@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from loqt_peft import compensation, projection, quantization
+from loqt_peft.update import loqt_layers
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
@@ -155,3 +156,33 @@ def test_updates_saving_and_loading_do_not_depend_on_the_default_device(without_
     here = run(tmp_path / "here", None)
     torch.manual_seed(0)
     assert same(run(tmp_path / "meta", "meta"), here) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"projection": "random", "compensation_steps": 0}, {"optimizer_state": "rotate", "error_feedback": True}],
+)
+def test_updates_and_merges_do_not_depend_on_autocast(settings):
+    def run(context):
+        model = get_peft_model(tiny_llama(), loqt_config(**settings)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(2):
+            model.begin_step(step, lambda step=step: step == 0)
+            loss = model(input_ids=token_batch(step), labels=token_batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            with context():
+                assert model.end_step(optimizer).num_updates == step + 1
+            optimizer.zero_grad()
+        # so that there is something to merge
+        with torch.no_grad():
+            for _, layer in loqt_layers(model):
+                layer.loqt_B["default"].add_(0.1)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if "loqt" in name}
+        for moments in optimizer.state.values():
+            tensors |= {("moment", len(tensors)): moments["exp_avg"]}
+        with context():
+            merged = model.merge_and_unload()
+        return {**tensors, **merged.state_dict()}
+
+    assert same(run(lambda: torch.autocast("cpu", torch.bfloat16)), run(contextlib.nullcontext)) == []
