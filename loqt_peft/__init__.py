@@ -73,7 +73,15 @@ def _add_peft_type() -> None:
 
 
 def register() -> None:
-    """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line."""
+    """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line.
+
+    Raises:
+        ImportError: If a package that this one needs is too old; it says which, and what is needed.
+    """
+    from .requirements import check_requirements
+
+    # before anything of theirs is imported: what is too old may fail there with an obscure error, or later with none
+    check_requirements()
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from .distributed import tell_ddp
 from .findings import Finding, report
 from .layer import LoQTLayer
 from .model_card import keep_loqt_section, write_model_card
@@ -67,6 +68,10 @@ class LoQTTrainerCallback(PerformanceCallback):
     def __init__(self) -> None:
         super().__init__()
         self._update: LoQTUpdate | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        # when training begins, the Trainer has wrapped the model already
+        tell_ddp(model)
 
     def on_train_begin(
         self,

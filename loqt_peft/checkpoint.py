@@ -86,16 +86,16 @@ class Seal:
     projection_format: int = 0
     scaling: float = 0.0
     base_storage: int = 0
-    base_sample: torch.Tensor = field(default_factory=lambda: torch.full((SAMPLE_SIZE,), torch.nan))
+    base_sample: torch.Tensor = field(default_factory=lambda: no_sample())
 
     def to_tensor(self) -> torch.Tensor:
         """int64 `[SEAL_SIZE]`; the last element is the checksum of the others."""
         *integers, scaling, base_storage, sample = astuple(self)
         numbers = [n for value in integers for n in (value if isinstance(value, tuple) else (value,))]
-        numbers = torch.tensor([*numbers, base_storage], dtype=torch.int64)
-        scaling = torch.tensor([scaling], dtype=torch.float64).view(torch.int64)
+        numbers = torch.tensor([*numbers, base_storage], dtype=torch.int64, device="cpu")
+        scaling = torch.tensor([scaling], dtype=torch.float64, device="cpu").view(torch.int64)
         content = torch.cat([numbers, scaling, sample.contiguous().view(torch.int64)])
-        return torch.cat([content, torch.tensor([checksum(content)])])
+        return torch.cat([content, content.new_tensor([checksum(content)])])
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> Seal:
@@ -205,6 +205,11 @@ def saved_base_quantization(adapter_file: str | os.PathLike) -> tuple[str, bool]
     if code < _FOUR_BIT_BASE:
         return None
     return _QUANT_TYPES[code % _DOUBLE], code - _FOUR_BIT_BASE >= _DOUBLE
+
+
+def no_sample() -> torch.Tensor:
+    """In place of [`sample`], of a weight that is not at hand."""
+    return torch.full((SAMPLE_SIZE,), torch.nan, dtype=torch.float32, device="cpu")
 
 
 def sample(weight: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def compensate(
     weight = storage.pack(W)
     r = P.shape[0] if right else P.shape[1]
     # the pair that the iteration starts from: nothing in B
-    B = torch.zeros(trainable_shape(W.shape, r), device=W.device)
+    B = W.new_zeros(trainable_shape(W.shape, r))
     if storage.is_lossless:
         return Compensated(weight, B.to(dtype), W.new_zeros(()), W.new_zeros(()))
     # W and one matrix of its size are held, not more

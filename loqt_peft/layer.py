@@ -16,12 +16,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import SAMPLE_SIZE, SEAL_SIZE, base_storage_code, sample
+from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
 from .compensation import compensate
 from .functional import LoQTLinear
+from .host_memory import HostCopy, for_device, for_host
 from .module_hooks import swap_hooks
+from .precision import without_autocast
 from .projection import (
     captured_energy,
     expand,
@@ -32,7 +35,7 @@ from .projection import (
     squared_norm,
     trainable_shape,
 )
-from .quantization import storage_format, undo_cpu_packing
+from .quantization import on_device, storage_format, undo_cpu_packing
 from .weight_guard import UnreadableWeight
 
 
@@ -128,12 +131,10 @@ class _GradientTap(torch.autograd.Function):
         return grad_output, None, None
 
 
-def _on_host(tensor: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
-    """A copy on the CPU, in the memory of `host` if that is such a tensor."""
-    if host is None or host.device.type != "cpu":
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    # in the order of the device's stream, and so is all that reads it
-    return host.copy_(tensor, non_blocking=True)
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """0-d bool, on the tensor's device."""
+    # a sum is finite only if every term is
+    return torch.isfinite(tensor.sum())
 
 
 # the layers of compiled models that record gradients, by their `_capture_id`: a compiled graph holds no Python object
@@ -234,10 +235,12 @@ class LoQTLayer(BaseTunerLayer):
         self._offload_gradients = False
         self._is_last_backward: Callable[[], bool] | None = None
         self._capture_id = next(_capture_ids)
-        self._capture_token = torch.zeros(1)
+        self._capture_token = torch.zeros(1, dtype=torch.float32, device="cpu")
         # forward passes of this step whose backward pass has not come by
         self._calls = 0
-        self._gradient: torch.Tensor | None = None
+        self._gradient: torch.Tensor | HostCopy | None = None
+        # of a gradient that is on its way to the host
+        self._gradient_is_finite: torch.Tensor | None = None
         self._projected: Projected | None = None
         self._attended = False
 
@@ -288,15 +291,16 @@ class LoQTLayer(BaseTunerLayer):
         self.config[adapter_name] = config
 
         # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
-        B = torch.zeros(trainable_shape(self.shape, r))
-        P = torch.zeros(projection_shape(self.shape, r))
+        device = torch.device("meta" if self._compute_device().type == "meta" else "cpu")
+        B = torch.zeros(trainable_shape(self.shape, r), dtype=torch.float32, device=device)
+        P = torch.zeros(projection_shape(self.shape, r), dtype=torch.float32, device=device)
         if not config.init_weights:
             nn.init.kaiming_uniform_(B, a=5**0.5)
             nn.init.orthogonal_(P)
         self.loqt_B[adapter_name] = nn.Parameter(B)
         self.loqt_P[adapter_name] = self.projection_format(adapter_name).pack(P)
-        self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64)
-        self.loqt_seal[adapter_name] = torch.zeros(SEAL_SIZE, dtype=torch.int64)
+        self.loqt_state[adapter_name] = torch.zeros(2, dtype=torch.int64, device=device)
+        self.loqt_seal[adapter_name] = torch.zeros(SEAL_SIZE, dtype=torch.int64, device=device)
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -465,7 +469,9 @@ class LoQTLayer(BaseTunerLayer):
     def _write_state(self, adapter_name: str, num_updates: int, pending: bool) -> None:
         state = [num_updates, int(pending)]
         buffer = self.loqt_state[adapter_name]
-        buffer.copy_(torch.tensor(state, dtype=torch.int64))
+        # values of the host go along with the call; a copy of a tensor of the host would be waited for
+        for element, value in zip(buffer, state, strict=True):
+            element.fill_(value)
         self._state_cache[adapter_name] = (buffer, buffer._version, state)
 
     ###############################
@@ -480,15 +486,15 @@ class LoQTLayer(BaseTunerLayer):
         """The original base weight, float32 `[out, in]`, on the device of the computation."""
         self.require_base("The change of the original weights")
         base_layer = self.get_base_layer()
-        merged = base_layer.weight
-        if self._unmerged:
-            base_layer.weight = self._unmerged[0]
+        current = base_layer.weight
+        original = self._unmerged[0] if self._unmerged else current
+        undo_cpu_packing(original)
+        base_layer.weight = on_device(original, self._compute_device())
         try:
-            undo_cpu_packing(self.get_base_layer().weight)
             weight = self.get_base_weight()
         finally:
-            base_layer.weight = merged
-        weight = weight.to(self._compute_device(), torch.float32)
+            base_layer.weight = current
+        weight = weight.to(torch.float32)
         return weight.T if self.fan_in_fan_out else weight
 
     def base_sample(self) -> tuple[int, torch.Tensor]:
@@ -497,7 +503,7 @@ class LoQTLayer(BaseTunerLayer):
             return self._base_sample
         weight = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
         if weight.device.type == "meta":
-            return base_storage_code(weight), torch.full((SAMPLE_SIZE,), torch.nan)
+            return base_storage_code(weight), no_sample()
         if self.quantization_backend is None:
             return base_storage_code(weight), sample(weight.detach())
         return base_storage_code(weight), sample(self._base_weight())
@@ -516,6 +522,7 @@ class LoQTLayer(BaseTunerLayer):
             return self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
         return self._base_weight()
 
+    @without_autocast
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
         self.verify()
@@ -546,6 +553,11 @@ class LoQTLayer(BaseTunerLayer):
             return weight.device
         return self.get_base_layer().weight.device
 
+    @property
+    def base_is_offloaded(self) -> bool:
+        """Whether the base weight lies on another device than the computation."""
+        return self.get_base_layer().weight.device != self._compute_device()
+
     def require_base(self, action: str) -> None:
         if self.base_dropped:
             raise ValueError(
@@ -567,8 +579,8 @@ class LoQTLayer(BaseTunerLayer):
             weight = self.get_base_layer().weight
             # the (Params4bit) shell stays: it knows how to quantize a merged weight
             if getattr(weight, "quant_state", None) is not None:
-                weight.quant_state.absmax = torch.empty(0, device=weight.device)
-            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                weight.quant_state.absmax = weight.quant_state.absmax.new_empty(0)
+            weight.data = weight.data.new_empty(0)
             self.base_dropped = True
         else:
             self._move_base(torch.device("cpu"))
@@ -628,7 +640,10 @@ class LoQTLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The adapter that will be updated.
-            offload (`bool`): Keep on the CPU what has to be kept of the gradient until the switch.
+            offload (`bool`):
+                Keep on the CPU what has to be kept of the gradient until the switch: the packed P where it is computed in
+                the backward pass, else 4 bytes for each element of W. Up to 2 GiB of a process are page-locked (see
+                [`~loqt_peft.host_memory.PINNED_BYTES`]), the rest is ordinary memory, which is given back afterwards.
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.
@@ -647,18 +662,22 @@ class LoQTLayer(BaseTunerLayer):
         """Stop recording and hand over what there is.
 
         Returns:
-            The gradient, float32 `[out, in]`, or what was made of it; both `None` if nothing was recorded.
+            The gradient, float32 `[out, in]`, or what was made of it; both `None` if nothing was recorded. A tensor on the
+            host may still be on its way there, and is for work on the device's current stream only.
         """
-        captured = self._gradient, self._projected
+        gradient, projected = self._gradient, self._projected
         self._updated_adapter = self._is_last_backward = self._gradient = self._projected = None
+        self._gradient_is_finite = None
         self._records = False
         self._calls = 0
-        return captured
+        if projected is not None:
+            projected = projected._replace(P=for_device(projected.P))
+        return None if gradient is None else for_device(gradient), projected
 
     @property
     def captured_gradient(self) -> torch.Tensor | None:
-        """What has been recorded so far, and not yet been made into a projection."""
-        return self._gradient
+        """What has been recorded so far, and not yet been made into a projection; waits for a copy on its way to the host."""
+        return None if self._gradient is None else for_host(self._gradient)
 
     @property
     def is_finite(self) -> torch.Tensor | None:
@@ -668,10 +687,12 @@ class LoQTLayer(BaseTunerLayer):
             return torch.isfinite(self.loqt_B[self._updated_adapter].detach().sum(dtype=torch.float32))
         if self._projected is not None:
             return self._projected.finite
-        # a sum is finite only if every term is
-        return None if self._gradient is None else torch.isfinite(self._gradient.sum())
+        if self._gradient_is_finite is not None:
+            return self._gradient_is_finite
+        return None if self._gradient is None else _is_finite(self._gradient)
 
     @torch.no_grad()
+    @without_autocast
     def accumulate_gradient(self, grad_output: torch.Tensor, x: torch.Tensor) -> None:
         """Add `grad_outputᵀ x` to the recorded gradient.
 
@@ -696,21 +717,27 @@ class LoQTLayer(BaseTunerLayer):
         # a module may run several times in a forward pass
         self._calls -= 1
         if self._gradient is not None:
-            gradient.add_(self._gradient.to(gradient.device, non_blocking=True))
+            gradient.add_(for_device(self._gradient).to(gradient.device, non_blocking=True))
         if self._calls == 0 and self._is_last_backward is not None and self._is_last_backward():
-            self._gradient = None
+            self._gradient = self._gradient_is_finite = None
             projected = self.project_gradient(self._updated_adapter, gradient)
             if self._offload_gradients:
-                projected = projected._replace(P=_on_host(projected.P))
+                projected = projected._replace(P=HostCopy(projected.P))
             self._projected = projected
         elif self._offload_gradients and self._calls <= 0:
-            self._gradient = _on_host(gradient, self._gradient)
+            # made where the values are: nobody may read them on the host without waiting
+            self._gradient_is_finite = _is_finite(gradient)
+            previous = self._gradient if isinstance(self._gradient, HostCopy) else None
+            self._gradient = HostCopy(gradient, previous)
         else:
-            self._gradient = gradient
+            self._gradient, self._gradient_is_finite = gradient, None
 
     @torch.no_grad()
+    @without_autocast
     def project_gradient(self, adapter_name: str, gradient: torch.Tensor) -> Projected:
-        """From dL/dW to P (paper Algorithm 1, line 7). Nothing here waits for the device.
+        """From dL/dW to P (paper Algorithm 1, line 7).
+
+        The host waits for the device in the decomposition, of which torch checks whether it converged, and nowhere else.
 
         Args:
             adapter_name (`str`): The adapter.
@@ -735,7 +762,7 @@ class LoQTLayer(BaseTunerLayer):
         P = random_projection(self.shape, self.r[adapter_name], self.projection_seed(adapter_name), device)
         return Projected(
             self.projection_format(adapter_name).pack(P),
-            torch.zeros(2, device=device),
+            torch.zeros(2, dtype=torch.float32, device=device),
             torch.ones((), dtype=torch.bool, device=device),
         )
 
@@ -745,6 +772,7 @@ class LoQTLayer(BaseTunerLayer):
         return hash((torch.initial_seed(), self._seed, self.num_updates(adapter_name))) % 2**63
 
     @torch.no_grad()
+    @without_autocast
     def compute_switch(self, adapter_name: str, projected: Projected | None) -> Switch:
         """Merge and compensate (paper Algorithm 1, lines 5-10), without writing anything.
 
@@ -876,11 +904,10 @@ class Linear(LoQTLayer, nn.Module):
             self.require_base("The base model's output")
         base_layer = self.get_base_layer()
         if torch.is_grad_enabled():
-            undo_cpu_packing(self.get_base_layer().weight)
+            undo_cpu_packing(base_layer.weight)
         if base_layer.weight.device == x.device:
             return base_layer(x)
-        weight = self._base_weight().to(x.device, self.weight_dtype)
-        return F.linear(x.to(self.weight_dtype), weight, base_layer.bias)
+        return functional_call(base_layer, {"weight": on_device(base_layer.weight, x.device)}, x)
 
     def _can_fuse(self, x: torch.Tensor, adapters: list[str]) -> bool:
         # torch.compile fuses by itself

@@ -20,6 +20,7 @@ from torch import nn
 
 from .checkpoint import ERROR, TENSORS, canonical, report_base_name, seal_adapter, verify_adapter
 from .config import LoQTConfig
+from .distributed import ignored_by_ddp
 from .findings import Finding, report
 from .layer import Linear, LoQTLayer
 from .target_checks import TargetChecks
@@ -254,15 +255,8 @@ class LoQTModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
-        # names are those in the PeftModel, which is what DDP wraps.
-        containers = ("loqt_P", "loqt_weight", "loqt_error", "loqt_state", "loqt_seal")
-        return [
-            f"base_model.{name}.{container}.{adapter_name}"
-            for name, layer in loqt_layers(self)
-            for container in containers
-            for adapter_name in getattr(layer, container)
-        ]
+        # the names are those in the PeftModel, which is what DDP wraps
+        return [f"base_model.{name}" for name in ignored_by_ddp(self)]
 
     ###############################
     # Injection

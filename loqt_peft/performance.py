@@ -184,9 +184,11 @@ class PerformanceCallback(TrainerCallback):
             if sys.platform != "linux":
                 return {}
             return {"loqt/peak_resident_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        # those of `torch.accelerator` came with torch 2.9
+        counters = torch.get_device_module(device)
         peaks = {
-            "loqt/peak_memory_allocated": torch.accelerator.max_memory_allocated(device),
-            "loqt/peak_memory_reserved": torch.accelerator.max_memory_reserved(device),
+            "loqt/peak_memory_allocated": counters.max_memory_allocated(device),
+            "loqt/peak_memory_reserved": counters.max_memory_reserved(device),
         }
-        torch.accelerator.reset_peak_memory_stats(device)
+        counters.reset_peak_memory_stats(device)
         return peaks

@@ -116,14 +116,15 @@ def _check_rank(r: int, shape: tuple[int, int]) -> None:
 
 def _as_projection(vectors: torch.Tensor, right: bool) -> torch.Tensor:
     # the sign of a direction is arbitrary, and 4-bit rounding is not symmetric
-    signs = torch.where(vectors.amax(dim=1) >= -vectors.amin(dim=1), 1.0, -1.0)
+    signs = torch.where(vectors.amax(dim=1) >= -vectors.amin(dim=1), 1.0, -1.0).to(vectors.dtype)
     vectors = vectors * signs.unsqueeze(1)
     return (vectors if right else vectors.T).contiguous()
 
 
 def _normal(rows: int, columns: int, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator("cuda" if device.type == "cuda" else "cpu").manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, device=generator.device).to(device)
+    noise = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device=generator.device)
+    return noise.to(device)
 
 
 def sketch_width(r: int, smaller_side: int) -> int:
@@ -146,7 +147,7 @@ def _randomized(G: torch.Tensor, scale: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def orthonormalize(P: torch.Tensor, right: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """An orthonormal basis of the span of P, by a Cholesky factor L of its Gram matrix; nothing here waits for the device.
+    """An orthonormal basis of the span of P, by a Cholesky factor L of its Gram matrix.
 
     P went through 4 bits and is not orthonormal any more, so P⁺ is not Pᵀ. In the coordinates of the basis least squares
     and norms cost nothing. A ridge of 1e-6 of the mean squared length keeps the factor regular where directions are zero;
@@ -162,7 +163,7 @@ def orthonormalize(P: torch.Tensor, right: bool) -> tuple[torch.Tensor, torch.Te
     inner = P @ P.T if right else P.T @ P
     ridge = RIDGE * inner.trace() / len(inner) + torch.finfo(torch.float32).tiny ** 0.5
     inner.diagonal().add_(ridge)
-    identity = torch.eye(len(inner), device=P.device)
+    identity = torch.eye(len(inner), dtype=inner.dtype, device=P.device)
     T = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(inner).L, identity, upper=False)
     return (T @ P if right else P @ T.T), T
 

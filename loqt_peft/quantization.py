@@ -7,6 +7,7 @@ its float32 bits.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import (
     QuantState,
-    _convert_weight_packed_for_cpu_inverse,
     create_dynamic_map,
     dequantize_4bit,
     get_4bit_type,
-    quantize_4bit,
     quantize_blockwise,
 )
+
+from .precision import plain_defaults
 
 
 BLOCKSIZE = 64
@@ -40,8 +41,23 @@ _dynamic_maps: dict[torch.device, torch.Tensor] = {}
 def _dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 levels to which double quantization rounds an absmax; building it takes longer than using it."""
     if device not in _dynamic_maps:
-        _dynamic_maps[device] = create_dynamic_map().to(device)
+        with plain_defaults():
+            levels = create_dynamic_map()
+        _dynamic_maps[device] = levels.to(device)
     return _dynamic_maps[device]
+
+
+@cache
+def _make_portable_tables(quant_type: str, device_type: str) -> None:
+    """Let bitsandbytes make the tables that its portable kernels keep for the life of the process."""
+    with plain_defaults():
+        _bitsandbytes_quantize(torch.zeros(1, BLOCKSIZE, dtype=torch.float32, device=device_type), quant_type)
+
+
+def _bitsandbytes_quantize(matrix: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and float32 absmax of a contiguous matrix."""
+    # `quantize_4bit` would also copy a table of levels from the host, for which the host waits
+    return torch.ops.bitsandbytes.quantize_4bit.default(matrix, BLOCKSIZE, quant_type, torch.uint8)
 
 
 def _aligned(nbytes: int) -> int:
@@ -58,12 +74,13 @@ def _nf4_bins() -> tuple[torch.Tensor, torch.Tensor]:
         Of each of the `_BINS + 1` bins (the last one for x = 1) the number of bounds below it, and the next bound;
         float32.
     """
-    levels = get_4bit_type("nf4", device="cpu")
-    bounds = (levels[:-1] + levels[1:]) / 2
-    # what float32 may put into a neighbouring bin
-    edges = torch.arange(_BINS + 1) * (2 / _BINS) - 1 - 1e-6
-    below = torch.searchsorted(bounds, edges)
-    return below.float(), torch.cat([bounds, torch.tensor([torch.inf])])[below]
+    with plain_defaults():
+        levels = get_4bit_type("nf4", device="cpu")
+        bounds = (levels[:-1] + levels[1:]) / 2
+        # what float32 may put into a neighbouring bin
+        edges = torch.arange(_BINS + 1) * (2 / _BINS) - 1 - 1e-6
+        below = torch.searchsorted(bounds, edges)
+        return below.float(), torch.cat([bounds, torch.tensor([torch.inf])])[below]
 
 
 def _quantize_nf4_on_cpu(matrix: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -78,7 +95,8 @@ def _quantize_nf4_on_cpu(matrix: torch.Tensor, codes: torch.Tensor) -> torch.Ten
     """
     below, following = _nf4_bins()
     blocks = matrix.view(-1, BLOCKSIZE)
-    absmax, middle = torch.empty(blocks.shape[0]), torch.tensor(_BINS / 2)
+    absmax = blocks.new_empty(blocks.shape[0], dtype=torch.float32)
+    middle = absmax.new_tensor(_BINS / 2)
     for start in range(0, blocks.shape[0], _CHUNK):
         chunk = blocks[start : start + _CHUNK].float()
         maxima = torch.amax(chunk.abs(), dim=1)
@@ -141,7 +159,7 @@ class FourBitFormat:
         """Whether a float32 matrix comes back as it was."""
         return False
 
-    def empty(self, device: torch.device | str | None = None) -> torch.Tensor:
+    def empty(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The packed zero matrix: uint8 `[nbytes]`."""
         return torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
 
@@ -152,9 +170,9 @@ class FourBitFormat:
         if self.quant_type == "nf4" and matrix.device.type == "cpu" and matrix.numel() % BLOCKSIZE == 0:
             absmax = _quantize_nf4_on_cpu(matrix, self._part(packed, "codes"))
         else:
-            codes, state = quantize_4bit(matrix, blocksize=BLOCKSIZE, quant_type=self.quant_type)
+            _make_portable_tables(self.quant_type, matrix.device.type)
+            codes, absmax = _bitsandbytes_quantize(matrix, self.quant_type)
             self._part(packed, "codes").copy_(codes.flatten())
-            absmax = state.absmax
         if self.double_quant:
             # as `quantize_4bit` does with `compress_statistics`
             offset = absmax.mean()
@@ -244,7 +262,7 @@ class DenseFormat:
         """Whether a float32 matrix comes back as it was."""
         return self.dtype == torch.float32
 
-    def empty(self, device: torch.device | str | None = None) -> torch.Tensor:
+    def empty(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The zero matrix."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
@@ -290,8 +308,25 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
     """
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        # a private function, looked up where there is something that only it can undo
+        unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
+        weight.data, weight.quant_state = unpack(weight.data, state)
     # its inverse (0.50.2), which `state_dict` calls too, leaves the absmax of weights that are not double-quantized
     # transposed and in bfloat16
     if state is not None and state.absmax.dim() == 2:
         state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def on_device(weight: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    """A copy of a frozen weight on a device, as it is stored, a `Params4bit` with its quantization state."""
+    if weight.device == device:
+        return weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
+    undo_cpu_packing(weight)
+    # `Params4bit.to` moves the state that it shares with its copies
+    weight = copy.copy(weight)
+    state = weight.quant_state = copy.copy(state)
+    state.state2 = copy.copy(state.state2)
+    return weight.to(device)

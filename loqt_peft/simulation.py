@@ -271,7 +271,7 @@ def build_model(config: PreTrainedConfig, options: MemoryOptions, device: str = 
             parameter.requires_grad = True
     for _, layer in loqt_layers(model):
         # it steers the run, so it must have a value
-        layer.loqt_state["default"] = torch.tensor([updates, 0])
+        layer.loqt_state["default"] = torch.tensor([updates, 0], dtype=torch.int64, device="cpu")
     return model.train()
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .checkpoint import report_base_name
 from .layer import LoQTLayer, Projected, Switch
+from .precision import without_autocast
 from .schedule import staggered_offsets
 
 
@@ -200,14 +201,13 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
     statistics = []
-    for index, (_, layer) in enumerate(layers):
-        switch = _switch(layer, adapter_name, index)
+    for layer, switch in _switches([layer for _, layer in layers], adapter_name):
         P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
         layer.write_switch(adapter_name, switch)
         statistics.append(switch.statistics)
         if config.optimizer_state != "keep" and optimizer is not None:
             _treat_optimizer_state(layer, adapter_name, optimizer, P_old)
-    # the host waits for the devices once
+    # one wait for the figures of all layers
     device = statistics[0].device
     by_layer = torch.stack([value.to(device, non_blocking=True) for value in statistics]).tolist()
     if needs_gradient:
@@ -244,7 +244,7 @@ def _is_distributed() -> bool:
 def _not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     """Number of layers that an update would break, on any process."""
     device = layers[0][1].loqt_P[adapter_name].device
-    broken = torch.zeros(len(layers), device=device)
+    broken = torch.zeros(len(layers), dtype=torch.float32, device=device)
     for index, (_, layer) in enumerate(layers):
         if (finite := layer.is_finite) is not None:
             broken[index] = (~finite).to(device, torch.float32)
@@ -253,34 +253,63 @@ def _not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     return int(broken.sum().item())
 
 
-def _switch(layer: LoQTLayer, adapter_name: str, index: int) -> Switch:
-    """The layer's new state, the same bits on every process.
+def _switches(layers: list[LoQTLayer], adapter_name: str) -> Iterator[tuple[LoQTLayer, Switch]]:
+    """The layers' new states in turn, the same bits on every process.
 
-    Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is shared, and
-    processes on unlike hardware cannot drift apart.
+    Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is divided, and
+    processes on unlike hardware cannot drift apart. Each process has a layer of every group, and nobody waits for another
+    one's work but at the end of a group; so much is held at a time.
     """
-    device = layer.loqt_P[adapter_name].device
+    if not _is_distributed():
+        for layer in layers:
+            yield layer, _switch(layer, adapter_name, *_take_capture(layer, adapter_name))
+        return
+    size = dist.get_world_size()
+    for start in range(0, len(layers), size):
+        group = layers[start : start + size]
+        yield from zip(group, _switches_of_group(group, adapter_name), strict=True)
+
+
+def _switches_of_group(group: list[LoQTLayer], adapter_name: str) -> list[Switch]:
+    """The new states of as many layers as there are processes, or fewer; the first one is the work of process 0."""
+    # all sums, then the own work, then all broadcasts: a process that waits in between would work after the others
+    own = None
+    for owner, layer in enumerate(group):
+        gradient, projected = _take_capture(layer, adapter_name)
+        if layer.needs_gradient(adapter_name):
+            if gradient is None:
+                device = layer.loqt_P[adapter_name].device
+                gradient = torch.zeros(layer.shape, dtype=torch.float32, device=device)
+            dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
+            gradient.div_(dist.get_world_size())
+        if dist.get_rank() == owner:
+            own = layer, gradient, projected
+        del gradient, projected
+    switches = [
+        None if dist.get_rank() == owner else layer.empty_switch(adapter_name) for owner, layer in enumerate(group)
+    ]
+    if own is not None:
+        layer, gradient, projected = own
+        switch = _switch(layer, adapter_name, gradient, projected)
+        del own, gradient, projected
+        switches[dist.get_rank()] = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
+    for owner, switch in enumerate(switches):
+        for tensor in switch:
+            if tensor is not None:
+                dist.broadcast(tensor, src=owner)
+    return switches
+
+
+def _take_capture(layer: LoQTLayer, adapter_name: str) -> tuple[torch.Tensor | None, Projected | None]:
+    """See `LoQTLayer.stop_capture`; the gradient is on the device of the adapter."""
     gradient, projected = layer.stop_capture()
     if gradient is not None:
-        gradient = gradient.to(device, non_blocking=True)
-    if not _is_distributed():
-        return layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
+        gradient = gradient.to(layer.loqt_P[adapter_name].device, non_blocking=True)
+    return gradient, projected
 
-    owner = index % dist.get_world_size()
-    if layer.needs_gradient(adapter_name):
-        if gradient is None:
-            gradient = torch.zeros(layer.shape, device=device)
-        dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
-        gradient.div_(dist.get_world_size())
-    if dist.get_rank() == owner:
-        switch = layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
-    else:
-        switch = layer.empty_switch(adapter_name)
-    switch = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
-    for tensor in switch:
-        if tensor is not None:
-            dist.broadcast(tensor, src=owner)
-    return switch
+
+def _switch(layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor | None, projected: Projected | None) -> Switch:
+    return layer.compute_switch(adapter_name, _project(layer, adapter_name, gradient, projected))
 
 
 def _project(
@@ -292,6 +321,7 @@ def _project(
     return projected if gradient is None else layer.project_gradient(adapter_name, gradient)
 
 
+@without_autocast
 def _treat_optimizer_state(
     layer: LoQTLayer, adapter_name: str, optimizer: torch.optim.Optimizer, P_old: torch.Tensor | None
 ) -> None:
