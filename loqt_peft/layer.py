@@ -32,6 +32,8 @@ from .projection import (
     trainable_shape,
 )
 from .quantization import storage_format, undo_cpu_packing
+from .stopwatch import Stretch, mark
+from .unattended import TrainingWatch
 
 
 if TYPE_CHECKING:
@@ -102,11 +104,13 @@ class Projected(NamedTuple):
         P (`torch.Tensor`): The new projection, in its storage format; the old one if the gradient is zero.
         energies (`torch.Tensor`): float32 `[2]`: squared norms of the gradient within the span of P, and of the gradient.
         finite (`torch.Tensor`): 0-d bool; if false, P is of no use.
+        work ([`~loqt_peft.stopwatch.Stretch`], *optional*): What it took to make P from the gradient.
     """
 
     P: torch.Tensor
     energies: torch.Tensor
     finite: torch.Tensor
+    work: Stretch | None = None
 
 
 class _GradientTap(torch.autograd.Function):
@@ -211,8 +215,7 @@ class LoQTLayer(BaseTunerLayer):
         self.loqt_seal = BufferDict({}, persistent=True)
         # reading `loqt_state` waits for the device: buffer, its version and the values last read from it
         self._state_cache: dict[str, tuple[torch.Tensor, int, list[int]]] = {}
-        # version of B at the first training forward; None once the user was warned
-        self._b_versions: dict[str, int | None] = {}
+        self.watch = TrainingWatch()
 
         self._disable_adapters = False
         self.merged_adapters = []
@@ -233,7 +236,6 @@ class LoQTLayer(BaseTunerLayer):
         self._calls = 0
         self._gradient: torch.Tensor | None = None
         self._projected: Projected | None = None
-        self._attended = False
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -291,6 +293,7 @@ class LoQTLayer(BaseTunerLayer):
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.watch.observe(self, adapter_name)
 
     def projection_format(self, adapter_name: str):
         """Storage format of P."""
@@ -551,10 +554,6 @@ class LoQTLayer(BaseTunerLayer):
     # Capture and switch
     ###############################
 
-    def attend(self) -> None:
-        """Updates are asked for, even if this layer's turn has not come."""
-        self._attended = True
-
     @property
     def update_due(self) -> bool:
         """Whether an update of this layer follows the step."""
@@ -597,6 +596,11 @@ class LoQTLayer(BaseTunerLayer):
         self._records = False
         self._calls = 0
         return captured
+
+    @property
+    def projected(self) -> Projected | None:
+        """What the backward pass has made of the gradient."""
+        return self._projected
 
     @property
     def captured_gradient(self) -> torch.Tensor | None:
@@ -662,6 +666,7 @@ class LoQTLayer(BaseTunerLayer):
         Returns:
             [`Projected`]
         """
+        start = mark(gradient.device)
         projection_format = self.projection_format(adapter_name)
         energy = squared_norm(gradient)
         finite = torch.isfinite(energy)
@@ -670,7 +675,7 @@ class LoQTLayer(BaseTunerLayer):
         new = projection_format.pack(project(gradient, self.r[adapter_name], self.config[adapter_name].projection))
         P = torch.where(energy > 0, new, self.loqt_P[adapter_name])
         captured = captured_energy(gradient, projection_format.unpack(P))
-        return Projected(P, torch.stack([captured, energy]), finite)
+        return Projected(P, torch.stack([captured, energy]), finite, Stretch(start, mark(gradient.device)))
 
     def draw_projection(self, adapter_name: str) -> Projected:
         """Random directions, for which no gradient is needed; the energies are zero."""
@@ -743,20 +748,6 @@ class LoQTLayer(BaseTunerLayer):
         self._write_state(adapter_name, self.num_updates(adapter_name) + 1, False)
         self._place_base()
 
-    def _warn_if_b_cannot_learn(self, adapter_name: str) -> None:
-        # P is filled by the first switch; if the optimizer stepped B before that, nobody asks for switches
-        if self._attended or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
-            return
-        version = self.loqt_B[adapter_name]._version
-        if self._b_versions.setdefault(adapter_name, version) not in (version, None):
-            warnings.warn(
-                f"The projection P of the LoQT adapter {adapter_name!r} is still empty after the first training step, so B "
-                "cannot learn. Pass `callbacks=[LoQTTrainerCallback()]` to the Trainer, or call `model.begin_step(step)` "
-                "and `model.end_step(optimizer)` in your own loop.",
-                stacklevel=2,
-            )
-            self._b_versions[adapter_name] = None
-
 
 class Linear(LoQTLayer, nn.Module):
     """LoQT on `nn.Linear`, bitsandbytes' `Linear4bit` or GPT-2's `Conv1D`.
@@ -797,7 +788,7 @@ class Linear(LoQTLayer, nn.Module):
             y = self._tap(x, y)
         elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:
-                self._warn_if_b_cannot_learn(adapter_name)
+                self.watch.on_forward(self, adapter_name)
         return y.view(*x.shape[:-1], self.out_features) if fuses else y
 
     def _tap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

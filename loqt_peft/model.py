@@ -19,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import ERROR, TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
+from .findings import report
 from .layer import Linear, LoQTLayer
 from .target_modules import TARGET_MODULES_MAPPING
+from .unattended import never_updated_findings
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
 
 
@@ -331,7 +333,9 @@ class LoQTModel(BaseTuner):
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
         rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
-        adapter.update(seal_adapter(_layers_of(model, adapter_name), rest, adapter_name, adapter))
+        layers = _layers_of(model, adapter_name)
+        adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
+        report(never_updated_findings(layers.values(), adapter_name), stacklevel=3)
         return adapter
 
     @classmethod
