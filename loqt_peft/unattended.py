@@ -108,8 +108,8 @@ def unattended_findings(layer: LoQTLayer, adapter_name: str) -> list[Finding]:
         Finding(
             "warning",
             "no_updates",
-            f"The projection P of the LoQT adapter {adapter_name!r} is still empty after the first training step, so B cannot "
-            "learn.",
+            f"The projection P of the LoQT adapter {adapter_name!r} is still empty after a backward pass in training, so B "
+            "cannot learn.",
             HOW_TO_ATTEND,
         )
     ]
