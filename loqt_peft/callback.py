@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import bitsandbytes as bnb
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
@@ -17,6 +16,7 @@ from .distributed import tell_ddp
 from .findings import Finding, report
 from .layer import LoQTLayer
 from .model_card import keep_loqt_section, write_model_card
+from .optimizer_state import optimizer_findings
 from .performance import PerformanceCallback, callback_handler
 from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 from .weight_shares import weight_shares
@@ -55,14 +55,15 @@ class LoQTTrainerCallback(PerformanceCallback):
     Whether a step is an update step follows from the adapter's config and `global_step`; everything else lives in the
     adapter, so that a checkpoint needs nothing of this callback. At each update these go to the Trainer's logs:
     `loqt/updates`, `loqt/merged_change`, `loqt/quantization_error_before`, `loqt/quantization_error_after`,
-    `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]); and with each of the Trainer's own entries
-    what [`PerformanceCallback`] measures.
+    `loqt/change_to_error`, `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]); and with each of
+    the Trainer's own entries what [`PerformanceCallback`] measures.
 
     Raises:
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
-            callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, an
-            AdEMAMix optimizer with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
+            callbacks, an optimizer that does not hold B, those of GaLore and APOLLO, one whose state cannot be treated as
+            `optimizer_state` says (see [`loqt_peft.optimizer_state.optimizer_findings`]), `nn.DataParallel`, DeepSpeed, FSDP,
+            `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:
@@ -171,6 +172,13 @@ class LoQTTrainerCallback(PerformanceCallback):
                 "LoQTTrainerCallback: auto_find_batch_size starts training again with weights that have already changed. "
                 "Set per_device_train_batch_size instead."
             )
+        if args.optim_target_modules is not None:
+            raise ValueError(
+                f"LoQTTrainerCallback: optim={args.optim!s} with optim_target_modules={args.optim_target_modules!r} is not "
+                "allowed: GaLore and APOLLO make a low rank of the gradients of nn.Linear's weights, which LoQT has frozen, "
+                "and do not see B, which is of low rank by itself. Use optim='adamw_torch' or 'adamw_bnb_8bit', without "
+                "optim_target_modules."
+            )
         if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
@@ -179,10 +187,4 @@ class LoQTTrainerCallback(PerformanceCallback):
                     f"LoQTTrainerCallback: the optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, "
                     f"e.g. {missing[0]}. Create it after `get_peft_model` and give it all trainable parameters."
                 )
-            inner = getattr(optimizer, "optimizer", optimizer)
-            has_two = isinstance(inner, (bnb.optim.AdEMAMix, bnb.optim.AdEMAMix32bit))
-            if layers[0][1].config[adapter_name].optimizer_state == "rotate" and has_two:
-                raise ValueError(
-                    f"LoQTTrainerCallback: optimizer_state='rotate' cannot rotate the two first moments of "
-                    f"{type(inner).__name__}. Use 'keep' or 'reset', or AdamW."
-                )
+            report(optimizer_findings(layers, adapter_name, optimizer))

@@ -36,6 +36,8 @@ from .projection import (
     trainable_shape,
 )
 from .quantization import on_device, storage_format, undo_cpu_packing
+from .stopwatch import Stretch, mark
+from .unattended import TrainingWatch
 from .weight_guard import UnreadableWeight
 
 
@@ -107,11 +109,13 @@ class Projected(NamedTuple):
         P (`torch.Tensor`): The new projection, in its storage format; the old one if the gradient is zero.
         energies (`torch.Tensor`): float32 `[2]`: squared norms of the gradient within the span of P, and of the gradient.
         finite (`torch.Tensor`): 0-d bool; if false, P is of no use.
+        work ([`~loqt_peft.stopwatch.Stretch`], *optional*): What it took to make P from the gradient.
     """
 
     P: torch.Tensor
     energies: torch.Tensor
     finite: torch.Tensor
+    work: Stretch | None = None
 
 
 class _GradientTap(torch.autograd.Function):
@@ -218,8 +222,7 @@ class LoQTLayer(BaseTunerLayer):
         self._state_cache: dict[str, tuple[torch.Tensor, int, list[int]]] = {}
         # of adapters that something must be loaded into before they are used; `verify()` of each does what is left to do
         self.verifications: dict[str, Any] = {}
-        # version of B at the first training forward; None once the user was warned
-        self._b_versions: dict[str, int | None] = {}
+        self.watch = TrainingWatch()
 
         self._disable_adapters = False
         self.merged_adapters = []
@@ -242,7 +245,6 @@ class LoQTLayer(BaseTunerLayer):
         # of a gradient that is on its way to the host
         self._gradient_is_finite: torch.Tensor | None = None
         self._projected: Projected | None = None
-        self._attended = False
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -304,6 +306,7 @@ class LoQTLayer(BaseTunerLayer):
         self.allocate_weight(adapter_name, config.num_updates > 0)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.watch.observe(self, adapter_name)
 
     @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
@@ -620,10 +623,6 @@ class LoQTLayer(BaseTunerLayer):
     # Capture and switch
     ###############################
 
-    def attend(self) -> None:
-        """Updates are asked for, even if this layer's turn has not come."""
-        self._attended = True
-
     @property
     def update_due(self) -> bool:
         """Whether an update of this layer follows the step."""
@@ -673,6 +672,11 @@ class LoQTLayer(BaseTunerLayer):
         if projected is not None:
             projected = projected._replace(P=for_device(projected.P))
         return None if gradient is None else for_device(gradient), projected
+
+    @property
+    def projected(self) -> Projected | None:
+        """What the backward pass has made of the gradient."""
+        return self._projected
 
     @property
     def captured_gradient(self) -> torch.Tensor | None:
@@ -746,6 +750,7 @@ class LoQTLayer(BaseTunerLayer):
         Returns:
             [`Projected`]
         """
+        start = mark(gradient.device)
         projection_format = self.projection_format(adapter_name)
         energy = squared_norm(gradient)
         finite = torch.isfinite(energy)
@@ -754,7 +759,7 @@ class LoQTLayer(BaseTunerLayer):
         new = projection_format.pack(project(gradient, self.r[adapter_name], self.config[adapter_name].projection))
         P = torch.where(energy > 0, new, self.loqt_P[adapter_name])
         captured = captured_energy(gradient, projection_format.unpack(P))
-        return Projected(P, torch.stack([captured, energy]), finite)
+        return Projected(P, torch.stack([captured, energy]), finite, Stretch(start, mark(gradient.device)))
 
     def draw_projection(self, adapter_name: str) -> Projected:
         """Random directions, for which no gradient is needed; the energies are zero."""
@@ -828,20 +833,6 @@ class LoQTLayer(BaseTunerLayer):
         self._write_state(adapter_name, self.num_updates(adapter_name) + 1, False)
         self._place_base()
 
-    def _warn_if_b_cannot_learn(self, adapter_name: str) -> None:
-        # P is filled by the first switch; if the optimizer stepped B before that, nobody asks for switches
-        if self._attended or not self.config[adapter_name].init_weights or self.num_updates(adapter_name):
-            return
-        version = self.loqt_B[adapter_name]._version
-        if self._b_versions.setdefault(adapter_name, version) not in (version, None):
-            warnings.warn(
-                f"The projection P of the LoQT adapter {adapter_name!r} is still empty after the first training step, so B "
-                "cannot learn. Pass `callbacks=[LoQTTrainerCallback()]` to the Trainer, or call `model.begin_step(step)` "
-                "and `model.end_step(optimizer)` in your own loop.",
-                stacklevel=2,
-            )
-            self._b_versions[adapter_name] = None
-
 
 class Linear(LoQTLayer, nn.Module):
     """LoQT on `nn.Linear`, bitsandbytes' `Linear4bit` or GPT-2's `Conv1D`.
@@ -885,7 +876,7 @@ class Linear(LoQTLayer, nn.Module):
             y = self._tap(x, y)
         elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:
-                self._warn_if_b_cannot_learn(adapter_name)
+                self.watch.on_forward(self, adapter_name)
         return y.view(*x.shape[:-1], self.out_features) if fuses else y
 
     def _tap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,9 @@ UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for unit, base in (("iB", 1024), ("B", 1000))
 }
+# of a device's memory, written without a unit; what lies between them is mostly MiB, as nvidia-smi prints them
+LARGEST_NUMBER_OF_GIB = 4096
+SMALLEST_NUMBER_OF_BYTES = 2**27
 # a plan tries ranks from half the hidden size downwards: a larger B would be no smaller than W
 SMALLEST_PLANNED_RANK = 8
 LARGEST_PLANNED_BATCH = 64
@@ -31,19 +34,28 @@ PLANNED_OPTIONS = {
 }
 
 
-def parse_bytes(size: str | int) -> int:
-    """`"24GiB"`, `"16 GB"` or a number of bytes.
+def parse_bytes(size: str | int | float) -> int:
+    """Bytes of `"24GiB"`, `"16 GB"`, or a number alone: below 4096 it counts GiB, from 2²⁷ on bytes.
 
     Raises:
-        ValueError: If it is not a positive size.
+        ValueError: If it is not a positive size, or a number alone that could be meant in several units.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     units = {name.upper(): factor for name, factor in UNITS.items()}
     if not match or match[2].upper() not in units or not float(match[1]):
         raise ValueError(
-            f"budget={size!r} is not allowed: a positive size such as '24GiB', '16GB' or a number of bytes."
+            f"budget={size!r} is not allowed: a positive size such as '24GiB', '16GB' or 24 (GiB), or a number of bytes."
         )
-    return int(float(match[1]) * units[match[2].upper()])
+    number, unit = float(match[1]), match[2].upper()
+    if not unit:
+        if number < LARGEST_NUMBER_OF_GIB:
+            unit = "GIB"
+        elif number < SMALLEST_NUMBER_OF_BYTES:
+            raise ValueError(
+                f"budget={size!r} is not allowed without a unit: too much for GiB, too little for bytes. Say what it counts, "
+                f"as '{match[1]}MiB'."
+            )
+    return int(number * units[unit])
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ def required_bytes(peak: int) -> int:
 def estimate_memory(
     model: Any,
     *,
-    budget: str | int | None = None,
+    budget: str | float | None = None,
     simulate: bool = False,
     all_layers: bool = False,
     **options: Any,
@@ -161,7 +173,8 @@ def estimate_memory(
         model:
             A name on the Hub, a folder, the path of a `config.json`, a transformers config, or a model that has one. No
             weights are loaded or made.
-        budget (`str` or `int`, *optional*): Memory of the device, as `"24GiB"`.
+        budget (`str` or `float`, *optional*):
+            Memory of the device, as `"24GiB"`. A number alone counts GiB below 4096, and bytes from 2²⁷ on.
         simulate (`bool`):
             Run the real layers, optimizer and update on torch's `meta` device (seconds) instead of the closed form
             (instant, and for some architectures only).
@@ -287,7 +300,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Any, budget: str | int, *, limit: int = 10, simulate: bool = False, all_layers: bool = False, **options: Any
+    model: Any,
+    budget: str | float,
+    *,
+    limit: int = 10,
+    simulate: bool = False,
+    all_layers: bool = False,
+    **options: Any,
 ) -> MemoryPlan:
     """Search rank, batch size, 8-bit optimizer, double quantization, per-layer updates and checkpointing for what fits.
 
@@ -296,7 +315,8 @@ def plan_memory(
 
     Args:
         model: See [`estimate_memory`].
-        budget (`str` or `int`): Memory of the device, as `"24GiB"`; the assumed margins are taken off.
+        budget (`str` or `float`):
+            Memory of the device, as in [`estimate_memory`]; the assumed margins are taken off.
         limit (`int`): How many settings to return.
         simulate (`bool`): Check the first of them by simulation; what then does not fit is left out.
         all_layers (`bool`): See [`estimate_memory`].
@@ -326,7 +346,7 @@ def plan_memory(
 
     def estimate(candidate: MemoryOptions, by_simulation: bool = False) -> MemoryEstimate:
         return estimate_memory(
-            config, budget=budget, simulate=by_simulation, all_layers=all_layers, **asdict(candidate)
+            config, budget=f"{budget}B", simulate=by_simulation, all_layers=all_layers, **asdict(candidate)
         )
 
     fitting = [replace(estimate(candidate), model=name) for candidate in ordered]

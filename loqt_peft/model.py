@@ -25,6 +25,7 @@ from .findings import Finding, report
 from .layer import Linear, LoQTLayer
 from .target_checks import TargetChecks
 from .target_modules import TARGET_MODULES_MAPPING, without_unfit
+from .unattended import never_updated_findings
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
 from .weight_shares import weight_shares
 
@@ -262,11 +263,6 @@ class LoQTModel(BaseTuner):
     # Injection
     ###############################
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if not self.peft_config[adapter_name].inference_mode:
-            report(weight_shares(model, adapter_name).findings())
-
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
             targets = self.target_module_mapping.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
@@ -380,6 +376,8 @@ class LoQTModel(BaseTuner):
             # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
             config.trainable_token_indices = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            report(weight_shares(model, adapter_name).findings())
         if config.full_rank_modules:
             model.register_load_state_dict_post_hook(_tie_weights_after_load)
         layers = _layers_of(model, adapter_name).values()
@@ -417,6 +415,7 @@ class LoQTModel(BaseTuner):
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
         rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
         adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
+        report(never_updated_findings(layers.values(), adapter_name), stacklevel=3)
         return adapter
 
     @classmethod

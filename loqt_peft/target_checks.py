@@ -18,8 +18,8 @@ from .layer import LoQTLayer
 
 SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
-# class of a module in transformers -> linear layers of it whose `.weight` it reads instead of calling them, or changes in place,
-# always or with some kernels, sizes or while it generates; LoQT would not act there
+# class of a module in transformers -> linear layers of it whose `.weight` it reads instead of calling them, or changes in
+# place, always or with some kernels, sizes or while it generates; LoQT would not act there
 READ_NOT_CALLED: dict[str, tuple[str, ...]] = {
     "BambaMixer": ("out_proj",),
     "ConditionalDetrMHAttentionMap": ("k_proj",),
@@ -162,7 +162,8 @@ class TargetChecks:
             if child in READ_NOT_CALLED.get(cls.__name__, ()):
                 return _Obstacle(
                     "weight_read",
-                    f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not act there.",
+                    f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not act "
+                    "there.",
                 )
         others = [other for other in self.sharing[id(weight)] if other != name]
         if others and name in self.sharing[id(weight)]:

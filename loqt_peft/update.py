@@ -6,28 +6,28 @@ Works on any module that holds LoQT layers, a `PeftModel` or a model with inject
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from torch import nn
 
 from .checkpoint import report_base_name
+from .findings import Finding, report
 from .layer import LoQTLayer, Projected, Switch
-from .precision import without_autocast
+from .optimizer_state import optimizer_findings, treat_optimizer_state
 from .schedule import staggered_offsets
+from .stopwatch import Stretch, mark
+from .unattended import lost_update_findings
 
 
 logger = logging.getLogger(__name__)
 
-# keys of the first moment in the states of torch's, transformers' and bitsandbytes' optimizers
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
-# of bitsandbytes' 8-bit states
-MOMENT_BLOCKSIZE = 256
+# Of `change_to_error`. Below it less than half of a change was seen to arrive in the weights, and without compensation next to
+# nothing; healthy runs, whose learning rate falls to a tenth, end at 1.1 to 2.
+SMALLEST_CHANGE_TO_ERROR = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,16 @@ class LoQTUpdate:
         merged_change (`float`): ‖s·PB‖ / ‖W‖ of what was merged.
         quantization_error_before (`float`): ‖W − deq(q(W))‖ / ‖W‖, before compensation.
         quantization_error_after (`float`): ‖W − deq(Q) − s·PB‖ / ‖W‖, after compensation.
+        change_to_error (`float`, *optional*):
+            `merged_change` / `quantization_error_after`: how what was merged compares with what was lost. `None` where nothing
+            was merged, as in the first update, or nothing was lost (`quantize_weight=None`).
         gradient_energy (`float`, *optional*):
             Share of ‖G‖² that lies in the span of the (quantized) P; `None` with `projection="random"`, which needs no G.
-        seconds (`float`): Wall time of the switch; P may have been computed before, within the backward pass.
+        seconds (`float`):
+            Time of the update itself: of making P, within the backward pass or after it, and of the switch of all layers. On
+            an accelerator it is the device's own time, by events in its stream, without what had been queued before. Layers on
+            several devices: that of the device that took longest. With several processes, exchange and waiting for the
+            others are part of it.
     """
 
     num_updates: int
@@ -51,6 +58,12 @@ class LoQTUpdate:
     gradient_energy: float | None
     seconds: float
 
+    @property
+    def change_to_error(self) -> float | None:
+        if not self.merged_change or not self.quantization_error_after:
+            return None
+        return self.merged_change / self.quantization_error_after
+
     def metrics(self) -> dict[str, float]:
         """The figures that there are, under the names by which they are logged."""
         figures = {
@@ -58,6 +71,7 @@ class LoQTUpdate:
             "loqt/merged_change": self.merged_change,
             "loqt/quantization_error_before": self.quantization_error_before,
             "loqt/quantization_error_after": self.quantization_error_after,
+            "loqt/change_to_error": self.change_to_error,
             "loqt/gradient_energy": self.gradient_energy,
             "loqt/seconds": self.seconds,
         }
@@ -131,7 +145,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
     offload = config.update_mode != "whole" if config.offload_gradients is None else config.offload_gradients
     due = _due(layers, adapter_name, step)
     for _, layer in layers:
-        layer.attend()
+        layer.watch.attend(True)
     for _, layer in due:
         layer.start_capture(adapter_name, offload, is_last_backward if in_backward else None)
     return bool(due)
@@ -146,17 +160,21 @@ def _due(layers: list[tuple[str, LoQTLayer]], adapter_name: str, step: int) -> l
     else:
         offsets = [0] * len(layers)
     is_due = {offset: step >= offset and schedule.is_update_step(step - offset) for offset in set(offsets)}
-    return [
-        (name, layer)
-        for offset, (name, layer) in zip(offsets, layers, strict=True)
-        if is_due[offset] or layer.update_pending(adapter_name)
-    ]
+    due, passed = [], []
+    for offset, (name, layer) in zip(offsets, layers, strict=True):
+        if is_due[offset] or layer.update_pending(adapter_name):
+            due.append((name, layer))
+        elif step > offset:
+            passed.append(layer)
+    report(lost_update_findings(passed, adapter_name, step), stacklevel=4)
+    return due
 
 
 def cancel_step(model: nn.Module) -> None:
     """Drop whatever was captured."""
     for _, layer in loqt_layers(model):
         layer.stop_capture()
+        layer.watch.attend(False)
 
 
 @torch.no_grad()
@@ -169,17 +187,20 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     Args:
         model (`nn.Module`): The model given to [`begin_step`].
         optimizer (`torch.optim.Optimizer`, *optional*):
-            Holder of B's state, for `optimizer_state` `"reset"` and `"rotate"`.
+            Holder of B's state: needed with `optimizer_state` `"reset"` and `"rotate"`, and if it keeps a copy of B.
 
     Returns:
         [`LoQTUpdate`] or `None`: The figures of the update, if there was one.
+
+    Raises:
+        ValueError:
+            Before anything is changed: if what the optimizer keeps of B cannot be treated as `optimizer_state` says (see
+            [`loqt_peft.optimizer_state.optimizer_findings`]).
     """
     adapter_name, layers = active_layers(model)
     layers = [(name, layer) for name, layer in layers if layer.update_due]
     if not layers:
         return None
-    start = time.perf_counter()
-
     config = layers[0][1].config[adapter_name]
     needs_gradient = layers[0][1].needs_gradient(adapter_name)
     skipped = bool(getattr(optimizer, "step_was_skipped", False))
@@ -197,6 +218,10 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         cancel_step(model)
         return None
 
+    _report_once(model, optimizer_findings(layers, adapter_name, optimizer))
+    projected = [layer.projected for _, layer in layers]
+    devices = {layer.loqt_P[adapter_name].device for _, layer in layers}
+    starts = {device: mark(device) for device in devices}
     for _, layer in layers:
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
@@ -205,9 +230,11 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
         layer.write_switch(adapter_name, switch)
         statistics.append(switch.statistics)
-        if config.optimizer_state != "keep" and optimizer is not None:
-            _treat_optimizer_state(layer, adapter_name, optimizer, P_old)
-    # one wait for the figures of all layers
+        if optimizer is not None:
+            treat_optimizer_state(layer, adapter_name, optimizer, P_old)
+    work = [(device, Stretch(start, mark(device))) for device, start in starts.items()]
+    work += [(made.energies.device, made.work) for made in projected if made is not None and made.work is not None]
+    # the host waits for the devices once
     device = statistics[0].device
     by_layer = torch.stack([value.to(device, non_blocking=True) for value in statistics]).tolist()
     if needs_gradient:
@@ -217,14 +244,52 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     record_updates(model, adapter_name)
     change, weight, before, after, captured, gradient = (sum(column) for column in zip(*by_layer, strict=True))
     energy = captured / gradient if gradient else 0.0
-    return LoQTUpdate(
+    update = LoQTUpdate(
         num_updates=num_updates,
         merged_change=(change / weight) ** 0.5 if weight else 0.0,
         quantization_error_before=(before / weight) ** 0.5 if weight else 0.0,
         quantization_error_after=(after / weight) ** 0.5 if weight else 0.0,
         gradient_energy=energy if needs_gradient else None,
-        seconds=time.perf_counter() - start,
+        seconds=_seconds(work),
     )
+    _report_once(model, noise_findings(update, config.error_feedback))
+    return update
+
+
+def _seconds(work: list[tuple[torch.device, Stretch]]) -> float:
+    by_device: dict[torch.device, float] = {}
+    for device, stretch in work:
+        by_device[device] = by_device.get(device, 0.0) + stretch.seconds()
+    return max(by_device.values())
+
+
+def noise_findings(update: LoQTUpdate, error_feedback: bool) -> list[Finding]:
+    """Whether what an update has merged is lost in what quantization makes of it.
+
+    Args:
+        update ([`LoQTUpdate`]): What it did.
+        error_feedback (`bool`): Whether what was lost is kept, and merged later.
+    """
+    ratio = update.change_to_error
+    if ratio is None or ratio >= SMALLEST_CHANGE_TO_ERROR or error_feedback:
+        return []
+    return [
+        Finding(
+            "warning",
+            "change_lost_in_quantization",
+            f"Update {update.num_updates} merged a change of {update.merged_change:.3g} of the weights' norm, and quantizing "
+            f"them lost {update.quantization_error_after:.3g}, which is more (change_to_error={ratio:.2f}): little of what "
+            "was learned arrives in the weights.",
+            "A higher learning rate or loqt_alpha, a longer update_interval, or error_feedback=True helps.",
+        )
+    ]
+
+
+def _report_once(model: nn.Module, findings: list[Finding]) -> None:
+    """Errors always, of each kind of warning the first."""
+    told = model.__dict__.setdefault("_loqt_told", set())
+    report([finding for finding in findings if finding.severity == "error" or finding.code not in told], stacklevel=3)
+    told.update(finding.code for finding in findings)
 
 
 def record_updates(model: nn.Module, adapter_name: str) -> None:
@@ -319,35 +384,6 @@ def _project(
     if not layer.needs_gradient(adapter_name):
         return layer.draw_projection(adapter_name)
     return projected if gradient is None else layer.project_gradient(adapter_name, gradient)
-
-
-@without_autocast
-def _treat_optimizer_state(
-    layer: LoQTLayer, adapter_name: str, optimizer: torch.optim.Optimizer, P_old: torch.Tensor | None
-) -> None:
-    B = layer.loqt_B[adapter_name]
-    if P_old is None:
-        optimizer.state.pop(B, None)
-        return
-    P_new = layer.projection(adapter_name)
-    state = optimizer.state.get(B, {})
-    for key in FIRST_MOMENTS:
-        moment = state.get(key)
-        if not isinstance(moment, torch.Tensor) or moment.shape != B.shape:
-            continue
-        # a paged state is a tensor of the host
-        values = moment.to(B.device)
-        in_8_bits = moment.dtype == torch.uint8
-        if in_8_bits:
-            values = dequantize_blockwise(
-                values, absmax=state["absmax1"], code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE
-            )
-        # old coordinates -> weight space -> new coordinates
-        values = values.float() @ (P_old @ P_new.T) if layer.right else (P_new.T @ P_old) @ values.float()
-        if in_8_bits:
-            values, quantized = quantize_blockwise(values, code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
-            state["absmax1"].copy_(quantized.absmax)
-        moment.copy_(values)
 
 
 def _warn_without_gradient(model: nn.Module, names: list[str]) -> None:

@@ -74,7 +74,9 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--full-rank", action=yes_no, help="train embeddings, norms and head (default: by method)")
     parser.add_argument("--retain-base", choices=RETAIN_BASE, help="default: cpu")
     parser.add_argument("--error-feedback", action=yes_no, help="keep what quantization leaves over, on the host")
-    parser.add_argument("--gpu", metavar="SIZE", default=None, help="memory of the device, as 24GiB")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", default=None, help="memory of the device, as 24GiB; 24 alone counts GiB"
+    )
     parser.add_argument(
         "--simulate",
         action="store_true",
