@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _add_peft_type() -> None:
+def _register_peft_type() -> None:
     from peft.utils import PeftType
 
     # PEFT has no public way to add a type. Only what every version's enum has is touched, and a member that PEFT may one
@@ -85,7 +85,7 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
-    _add_peft_type()
+    _register_peft_type()
     from .config import LoQTConfig
     from .model import LoQTModel
 
