@@ -74,6 +74,15 @@ def cheapest(*args, **kwargs) -> str:
     return min(counted, key=counted.get)
 
 
+def keeps_input(way: str, shape: tuple[int, int], r: int) -> bool:
+    """Whether x is kept for the gradient of B, and not `x Pᵀ`, n r.
+
+    Neighbours (query, key and value; gate and up) share one x, so it is the smaller from r = in / 2 on. Separate products
+    have made `x Pᵀ` for the output already.
+    """
+    return not is_right(shape) or way == WEIGHT or (way == THIN and 2 * r > shape[1])
+
+
 # what was made of a layer's input, as long as that lives: neighbours (query, key and value) share one
 _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -107,7 +116,7 @@ class LoQTLinear(torch.autograd.Function):
 
     Where rows are many, s·PB is added to the buffer that dequantization makes anyway, so that there is one product forward
     and one for the gradient of x; see [`operations`]. For the backward pass W and P are kept as they are packed, and of the
-    activations `x Pᵀ` where P is on the input side and its products are thin, else x, which neighbours share.
+    activations x or `x Pᵀ`; see [`keeps_input`].
 
     Args:
         x (`torch.Tensor`): `[..., in]`, floating.
@@ -142,15 +151,9 @@ class LoQTLinear(torch.autograd.Function):
         ctx.weight_format, ctx.projection_format = weight_format, projection_format
         ctx.scale, ctx.right, ctx.record = scale, right, record
         needs_x, needs_B = ctx.needs_input_grad[:2]
-        ctx.way = cheapest(
-            x.numel() // x.shape[-1],
-            weight_format.shape,
-            B.shape[1] if right else B.shape[0],
-            needs_x=needs_x,
-            needs_B=needs_B,
-            records=record is not None,
-        )
-        is_thin = right and needs_B and ctx.way != WEIGHT
+        shape, r = weight_format.shape, B.shape[1] if right else B.shape[0]
+        ctx.way = cheapest(x.numel() // shape[1], shape, r, needs_x, needs_B, record is not None)
+        is_thin = needs_B and not keeps_input(ctx.way, shape, r)
         keeps_x = record is not None or (needs_B and not is_thin)
         rows = _as_rows(x, B.dtype, keeps_x)
         thin = None
@@ -211,13 +214,14 @@ class LoQTLinear(torch.autograd.Function):
             if needs_x:
                 grad_x.addmm_(*factors, alpha=scale)
         else:
-            if needs_B and ctx.way == THIN:
-                if right:
-                    grad_B = (grad_y.T @ thin).mul_(scale)
-                else:
-                    grad_B = ((grad_y @ ctx.projection_format.unpack(packed, grad_y.dtype)).T @ rows).mul_(scale)
             if needs_x:
                 grad_x = grad_y @ LoQTLinear._sum(ctx, weight, packed, B)
+            if needs_B and ctx.way == THIN:
+                if not right:
+                    grad_B = ((grad_y @ ctx.projection_format.unpack(packed, grad_y.dtype)).T @ rows).mul_(scale)
+                else:
+                    thin = ctx.projection_format.linear(rows, packed) if thin is None else thin
+                    grad_B = (grad_y.T @ thin).mul_(scale)
         if needs_x:
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         return grad_x, grad_B, grad_bias, *[None] * 7
