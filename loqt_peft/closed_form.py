@@ -23,6 +23,7 @@ from .choices import (
     RETAIN_BASE,
     UPDATE_MODES,
 )
+from .functional import BRANCH, cheapest, keeps_input
 from .projection import is_right, projection_shape, sketch_width, trainable_shape
 from .quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
 
@@ -440,18 +441,31 @@ class ClosedForm:
         trained = self.size if self.options.full_rank else 0
         return self.tokens * (self.shape.hidden * (4 + trained) + 4)
 
-    def _saves_input(self, linear: Linear, capture: bool) -> bool:
+    def _saves_input(self, linear: Linear, capture: bool, drifted: bool) -> bool:
         method = self.options.method
         if capture or method in ("full", "galore"):
             return True
         same_dtype = self.size == self.adapter_size
-        return same_dtype and (method in ("lora", "qlora") or not is_right(linear.shape))
+        return same_dtype and (method in ("lora", "qlora") or not self._saves_thin(linear, capture, drifted))
 
-    def activations(self, capture: bool = False) -> int:
+    def _saves_thin(self, linear: Linear, capture: bool, drifted: bool) -> bool:
+        """Whether `x Pᵀ` is kept for the gradient of B."""
+        way = self._way(linear, capture) if drifted else BRANCH
+        return self.options.trains_loqt and not keeps_input(way, linear.shape, self.rank(linear))
+
+    def _way(self, linear: Linear, capture: bool = False) -> str:
+        """How the products of a drifted layer are computed."""
+        # layers of several dtypes multiply with each matrix in its own
+        if not self.options.trains_loqt or self.size != self.adapter_size:
+            return BRANCH
+        return cheapest(self.tokens, linear.shape, self.rank(linear), records=capture)
+
+    def activations(self, capture: bool = False, drifted: bool = True) -> int:
         """Saved by a decoder layer from its forward to its backward.
 
         Args:
             capture (`bool`): Whether the gradients of the targeted weights are recorded.
+            drifted (`bool`): Whether LoQT has been through its first update.
         """
         shape, options, T = self.shape, self.options, self.tokens
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -460,12 +474,12 @@ class ClosedForm:
         total += T * ((2 * q + 2 * kv) * self.size + 4 * shape.heads)
         # MLP: gate and its SiLU, up
         total += T * 3 * shape.intermediate * self.size
-        groups = {linear.group for linear in shape.linears if self._saves_input(linear, capture)}
+        groups = {linear.group for linear in shape.linears if self._saves_input(linear, capture, drifted)}
         inputs = {"attention": shape.hidden, "mlp": shape.hidden, "down": shape.intermediate, "output": 0}
         total += T * self.size * sum(inputs[group] for group in groups)
         for linear in shape.linears:
             lora = options.method in ("lora", "qlora")
-            if lora or (options.trains_loqt and is_right(linear.shape)):
+            if lora or self._saves_thin(linear, capture, drifted):
                 total += T * self.rank(linear) * self.adapter_size
             cast = lora or (options.trains_loqt and not is_right(linear.shape))
             if cast and self.size != self.adapter_size:
@@ -486,8 +500,9 @@ class ClosedForm:
         shape, T, e = self.shape, self.tokens, self.size
         numel = max(linear.numel for linear in shape.linears)
         dense = self.options.method in ("full", "galore")
-        # the copy of a 4-bit weight, or the gradient of a trained one
-        weight = e * numel if dense or self.options.method in ("loqt", "qlora") else 0
+        # the copy of a 4-bit weight, the sum with s·PB, or the gradient of a trained one
+        sums = any(self._way(linear) != BRANCH for linear in shape.linears)
+        weight = e * numel if dense or sums or self.options.method in ("loqt", "qlora") else 0
         if self.options.per_layer and dense:
             weight += self._optimizer_temporaries(numel, e)
         wide = T * e * shape.intermediate
@@ -515,8 +530,8 @@ class ClosedForm:
             layer = head = embedding = 0
             every = accumulated
         mode = options.update_mode if capture else None
-        saved = self.activations(capture and mode != "stagger")
-        more = self.activations(True) - saved if mode == "stagger" else 0
+        saved = self.activations(capture and mode != "stagger", not dense)
+        more = self.activations(True, not dense) - saved if mode == "stagger" else 0
         stream = T * shape.hidden * e
         rope = options.sequence_length * shape.head_dim * e * 2
         kept = L * stream if options.gradient_checkpointing else L * saved + more

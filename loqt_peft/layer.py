@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
 from .compensation import compensate
-from .functional import LoQTLinear
+from .functional import LoQTLinear, weight_gradient
 from .host_memory import HostCopy, for_device, for_host
 from .module_hooks import swap_hooks
 from .precision import without_autocast
@@ -707,17 +707,25 @@ class LoQTLayer(BaseTunerLayer):
         Raises:
             RuntimeError: If a backward pass follows the one that was said to be the last.
         """
+        rows = grad_output.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
+        self.add_gradient(weight_gradient(*rows).float())
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """Add dL/dW of one call of this layer to the recorded gradient.
+
+        Args:
+            gradient (`torch.Tensor`): float32 `[out, in]`; used up.
+
+        Raises:
+            RuntimeError: If a backward pass follows the one that was said to be the last.
+        """
         if self._projected is not None:
             raise RuntimeError(
                 "A backward pass follows the one that was said to be the step's last. Call `begin_step(step, "
                 "is_last_backward)` with a function that is true in the last backward pass before `optimizer.step()` only, "
                 "or without one."
             )
-        grad_output = grad_output.reshape(-1, self.out_features)
-        # the fp16 loss scale suits dL/dy, but a sum over all tokens would overflow
-        if grad_output.dtype == torch.float16:
-            grad_output = grad_output.float()
-        gradient = (grad_output.T @ x.reshape(-1, self.in_features).to(grad_output.dtype)).float()
         # a module may run several times in a forward pass
         self._calls -= 1
         if self._gradient is not None:
@@ -870,11 +878,18 @@ class Linear(LoQTLayer, nn.Module):
             return self._base_forward(x)
 
         fuses = self._can_fuse(x, adapters)
-        y = self._fused_forward(x, adapters[0]) if fuses else self._unfused_forward(x, adapters)
         # another adapter's forward pass, as that of a reference model, is no part of the update
-        if self.training and self._records and self._updated_adapter in adapters:
-            y = self._tap(x, y)
-        elif self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        records = self.training and self._records and self._updated_adapter in adapters
+        if records and not torch.compiler.is_compiling():
+            self._count_call()
+        if fuses:
+            # which records the gradient by itself
+            y = self._fused_forward(x, adapters[0], records)
+        else:
+            y = self._unfused_forward(x, adapters)
+            if records and torch.is_grad_enabled():
+                y = self._tap(x, y)
+        if self.training and not records and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for adapter_name in adapters:
                 self.watch.on_forward(self, adapter_name)
         return y.view(*x.shape[:-1], self.out_features) if fuses else y
@@ -882,13 +897,13 @@ class Linear(LoQTLayer, nn.Module):
     def _tap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             # calls are not counted, so that the gradient is kept until the end of the step
-            if torch.is_grad_enabled():
-                y = _CompiledGradientTap.apply(y, x, self._capture_token, self._capture_id)
-            return y
+            return _CompiledGradientTap.apply(y, x, self._capture_token, self._capture_id)
+        return _GradientTap.apply(y, x, self)
+
+    def _count_call(self) -> None:
         # not counted when a checkpointed forward pass runs again, within the backward pass
         if torch._C._current_graph_task_id() == -1:
             self._calls += 1
-        return _GradientTap.apply(y, x, self) if torch.is_grad_enabled() else y
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.merged:
@@ -907,11 +922,11 @@ class Linear(LoQTLayer, nn.Module):
         compute_dtype, output_dtype = self._weight_dtypes(x)
         return compute_dtype == output_dtype == self._low_rank_dtype(x, adapters[0])
 
-    def _fused_forward(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """`[..., in]` to `[n, out]`."""
+    def _fused_forward(self, x: torch.Tensor, adapter_name: str, records: bool = False) -> torch.Tensor:
+        """`[..., in]` to `[n, out]`; with `records` its backward pass adds dL/dW to the layer's sink."""
         dtype, bias = self._low_rank_dtype(x, adapter_name), self.get_base_layer().bias
         return LoQTLinear.apply(
-            x.reshape(-1, self.in_features).to(dtype),
+            x,
             self.loqt_B[adapter_name].to(dtype),
             None if bias is None else bias.to(dtype),
             self.loqt_weight[adapter_name],
@@ -920,6 +935,7 @@ class Linear(LoQTLayer, nn.Module):
             self.projection_format(adapter_name),
             self.scaling[adapter_name],
             self.right,
+            self.add_gradient if records and torch.is_grad_enabled() else None,
         )
 
     def _unfused_forward(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
