@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.state import GradientState
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import ParallelMode
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .distributed import tell_ddp
-from .findings import Finding, report
-from .layer import LoQTLayer
+from .findings import report
+from .health import trainer_findings
 from .model_card import keep_loqt_section, write_model_card
-from .optimizer_state import optimizer_findings
 from .performance import PerformanceCallback, callback_handler
 from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 from .weight_shares import weight_shares
-
-
-REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed partitions or replicates B behind the model's back, so the values that an update "
-    "writes into it would be lost",
-    DistributedType.FSDP: "FSDP shards the parameters that an update reads and writes",
-    DistributedType.MEGATRON_LM: "Megatron-LM splits the layers that an update reads and writes",
-}
-
-
-# of TRL
-AVERAGES = ("SyncRefModelCallback", "BEMACallback")
-
-
-def check_averages(callbacks: Iterable[TrainerCallback]) -> list[Finding]:
-    """Callbacks that average the parameters of two models, and nothing else of them."""
-    return [
-        Finding(
-            "error",
-            "averages_parameters",
-            f"{type(callback).__name__} averages the parameters of two models, but of a LoQT adapter only B is one: after an "
-            "update B belongs to another W and P, which it does not average.",
-            "Leave it out (`sync_ref_model=False`).",
-        )
-        for callback in callbacks
-        if any(base.__name__ in AVERAGES for base in type(callback).__mro__)
-    ]
 
 
 class LoQTTrainerCallback(PerformanceCallback):
@@ -83,9 +50,8 @@ class LoQTTrainerCallback(PerformanceCallback):
         optimizer=None,
         **kwargs,
     ):
-        self._check_setup(args, model, optimizer)
         handler = callback_handler()
-        report(check_averages([] if handler is None else handler.callbacks))
+        report(trainer_findings(model, args, optimizer, [] if handler is None else handler.callbacks))
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.is_world_process_zero:
             print(self._summary(model, state), flush=True)
@@ -142,49 +108,3 @@ class LoQTTrainerCallback(PerformanceCallback):
             f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps\n"
             f"LoQT: {weight_shares(model, adapter_name)}"
         )
-
-    @staticmethod
-    def _check_setup(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        if not any(isinstance(module, LoQTLayer) for module in model.modules()):
-            raise ValueError(
-                "LoQTTrainerCallback: the model has no LoQT layers. Wrap it with `get_peft_model(model, LoQTConfig(...))` "
-                "before giving it to the Trainer."
-            )
-        adapter_name, layers = active_layers(model)
-        if adapter_name is None:
-            raise ValueError(
-                "LoQTTrainerCallback: no LoQT adapter is active and trainable. Activate one with `model.set_adapter(name)`, "
-                "or load it with `is_trainable=True`."
-            )
-        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
-            raise ValueError(
-                f"LoQTTrainerCallback: nn.DataParallel over {args.n_gpu} devices copies the layers, and what the copies "
-                "capture is lost. Start the script with `torchrun` or `accelerate launch` (DDP), or set "
-                "CUDA_VISIBLE_DEVICES to one device."
-            )
-        distributed_type = AcceleratorState().distributed_type
-        if distributed_type in REFUSED:
-            raise ValueError(
-                f"LoQTTrainerCallback: {distributed_type.value} is not supported: {REFUSED[distributed_type]}. Use DDP."
-            )
-        if args.auto_find_batch_size and any(layer.num_updates(adapter_name) for _, layer in layers):
-            raise ValueError(
-                "LoQTTrainerCallback: auto_find_batch_size starts training again with weights that have already changed. "
-                "Set per_device_train_batch_size instead."
-            )
-        if args.optim_target_modules is not None:
-            raise ValueError(
-                f"LoQTTrainerCallback: optim={args.optim!s} with optim_target_modules={args.optim_target_modules!r} is not "
-                "allowed: GaLore and APOLLO make a low rank of the gradients of nn.Linear's weights, which LoQT has frozen, "
-                "and do not see B, which is of low rank by itself. Use optim='adamw_torch' or 'adamw_bnb_8bit', without "
-                "optim_target_modules."
-            )
-        if optimizer is not None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
-            if missing:
-                raise ValueError(
-                    f"LoQTTrainerCallback: the optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, "
-                    f"e.g. {missing[0]}. Create it after `get_peft_model` and give it all trainable parameters."
-                )
-            report(optimizer_findings(layers, adapter_name, optimizer))

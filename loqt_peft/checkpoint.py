@@ -240,7 +240,7 @@ def _same_base(saved: Seal, storage: int, here: torch.Tensor) -> bool:
     return bool(torch.linalg.vector_norm(there - here) <= tolerance * torch.linalg.vector_norm(there))
 
 
-def check_base_name(model: nn.Module) -> list[Finding]:
+def base_name_findings(model: nn.Module) -> list[Finding]:
     """Whether the base models of LoQT adapters can be found again by those who load the adapter.
 
     Args:
@@ -275,12 +275,12 @@ def check_base_name(model: nn.Module) -> list[Finding]:
 
 
 def report_base_name(model: nn.Module) -> None:
-    """Warn of what [`check_base_name`] finds, once for each base."""
+    """Warn of what [`base_name_findings`] finds, once for each base."""
     bases = [base for base, _ in _bases(model)]
     if not all(vars(base).get("_loqt_name_checked") for base in bases):
         for base in bases:
             base._loqt_name_checked = True
-        report(check_base_name(model))
+        report(base_name_findings(model))
 
 
 def _bases(model: nn.Module) -> list[tuple[PreTrainedModel, dict[str, LoQTConfig]]]:

@@ -22,10 +22,10 @@ from .checkpoint import ERROR, TENSORS, canonical, report_base_name, seal_adapte
 from .config import LoQTConfig
 from .distributed import ignored_by_ddp
 from .findings import Finding, report
+from .health import saving_findings
 from .layer import Linear, LoQTLayer
 from .target_checks import TargetChecks
 from .target_modules import TARGET_MODULES_MAPPING, without_unfit
-from .unattended import never_updated_findings
 from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
 from .weight_shares import weight_shares
 
@@ -177,7 +177,7 @@ class _VerifyOnFirstUse:
         if any(seal.any() for seal in seals):
             self._verify_loaded(layers)
         elif layers:
-            report(check_loaded(self.model.peft_config[self.adapter_name], self.adapter_name, layers))
+            report(loading_findings(self.model.peft_config[self.adapter_name], self.adapter_name, layers))
         self.end()
 
     def _verify_loaded(self, layers: dict[str, LoQTLayer]) -> None:
@@ -202,7 +202,7 @@ class _VerifyOnFirstUse:
             layer.verifications.pop(self.adapter_name, None)
 
 
-def check_loaded(config: LoQTConfig, adapter_name: str, layers: dict[str, LoQTLayer]) -> list[Finding]:
+def loading_findings(config: LoQTConfig, adapter_name: str, layers: dict[str, LoQTLayer]) -> list[Finding]:
     """Whether an adapter whose config speaks of updates has been through any; without, it is the untrained base model."""
     if not config.num_updates or not layers or any(layer.num_updates(adapter_name) for layer in layers.values()):
         return []
@@ -370,8 +370,9 @@ class LoQTModel(BaseTuner):
         source = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
         )
-        # training changes it, and the user may build another model with his
-        config = self.peft_config[adapter_name] = copy.copy(config)
+        if source is not None or not config.inference_mode:
+            # training changes it, and the user may build another model with his
+            config = self.peft_config[adapter_name] = copy.copy(config)
         if config.full_rank_modules == "all":
             # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
             config.trainable_token_indices = None
@@ -415,7 +416,7 @@ class LoQTModel(BaseTuner):
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
         rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
         adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
-        report(never_updated_findings(layers.values(), adapter_name), stacklevel=3)
+        report(saving_findings(model, adapter_name), stacklevel=3)
         return adapter
 
     @classmethod

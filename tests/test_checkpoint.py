@@ -32,7 +32,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.trainer_utils import get_last_checkpoint as newest_checkpoint
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
-from loqt_peft.checkpoint import FORMAT_VERSION, SEAL_SIZE, Seal, check_base_name, checksum
+from loqt_peft.checkpoint import FORMAT_VERSION, SEAL_SIZE, Seal, base_name_findings, checksum
 from loqt_peft.update import begin_step, end_step, loqt_layers
 
 
@@ -500,7 +500,7 @@ def test_a_base_that_exists_nowhere(tmp_path, full_rank_modules):
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     shutil.rmtree(path)
-    assert [finding.code for finding in check_base_name(model)] == ["base_without_name"]
+    assert [finding.code for finding in base_name_findings(model)] == ["base_without_name"]
 
 
 def test_adapter_for_another_base_that_replaces_all_of_it_is_loaded(tmp_path):
