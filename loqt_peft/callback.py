@@ -7,13 +7,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .distributed import tell_ddp
 from .findings import report
 from .health import trainer_findings
-from .model_card import keep_loqt_section, write_model_card
-from .performance import PerformanceCallback, callback_handler
-from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
-from .weight_shares import weight_shares
+from .layers.weight_shares import weight_shares
+from .saving.model_card import keep_loqt_section, write_model_card
+from .training.distributed import tell_ddp
+from .training.performance import PerformanceCallback, callback_handler
+from .training.update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 
 
 class LoQTTrainerCallback(PerformanceCallback):
@@ -22,15 +22,15 @@ class LoQTTrainerCallback(PerformanceCallback):
     Whether a step is an update step follows from the adapter's config and `global_step`; everything else lives in the
     adapter, so that a checkpoint needs nothing of this callback. At each update these go to the Trainer's logs:
     `loqt/updates`, `loqt/merged_change`, `loqt/quantization_error_before`, `loqt/quantization_error_after`,
-    `loqt/change_to_error`, `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]); and with each of
-    the Trainer's own entries what [`PerformanceCallback`] measures.
+    `loqt/change_to_error`, `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.training.update.LoQTUpdate`]); and with
+    each of the Trainer's own entries what [`PerformanceCallback`] measures.
 
     Raises:
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
             callbacks, an optimizer that does not hold B, those of GaLore and APOLLO, one whose state cannot be treated as
-            `optimizer_state` says (see [`loqt_peft.optimizer_state.optimizer_findings`]), `nn.DataParallel`, DeepSpeed, FSDP,
-            `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
+            `optimizer_state` says (see [`loqt_peft.training.optimizer_state.optimizer_findings`]), `nn.DataParallel`,
+            DeepSpeed, FSDP, `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:

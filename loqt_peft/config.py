@@ -7,12 +7,12 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .checkpoint import FORMAT_VERSION, newer_version
+from .algorithm.schedule import UpdateSchedule
 from .choices import (
     INTERVAL_SCHEDULES,
     OPTIMIZER_STATES,
@@ -21,8 +21,7 @@ from .choices import (
     RETAIN_BASE,
     UPDATE_MODES,
 )
-from .model_card import describe_saved_adapter
-from .schedule import UpdateSchedule
+from .saving.seal import FORMAT_VERSION, newer_version
 
 
 # rank, scale and compensation steps by model size
@@ -71,6 +70,9 @@ class LoQTConfig(PeftConfig):
             called here.
     """
 
+    # called with a config and the folder that it was saved in
+    on_saved: ClassVar[list[Callable[[LoQTConfig, str], None]]] = []
+
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(
         default=0.5,
@@ -84,7 +86,7 @@ class LoQTConfig(PeftConfig):
         metadata={
             "help": "Names of the modules to train with LoQT, or a regex (a string). 'all-linear' means all linear layers "
             "but the output head, and so does None, but for the encoders and seq2seq models that "
-            "`loqt_peft.target_modules` lists: there None means the linear layers of their blocks."
+            "`loqt_peft.layers.target_modules` lists: there None means the linear layers of their blocks."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -318,12 +320,13 @@ class LoQTConfig(PeftConfig):
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save as `adapter_config.json`, and describe the adapter in the model card that PEFT has written.
+        """Save as `adapter_config.json`, and call `on_saved`: the model card that PEFT has written is completed so.
 
         Args: see `PeftConfig.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
-        describe_saved_adapter(self, save_directory)
+        for describe in self.on_saved:
+            describe(self, save_directory)
 
     @classmethod
     def paper(cls, size: str, **changes) -> LoQTConfig:

@@ -20,14 +20,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import ParallelMode
 
-from .checkpoint import base_name_findings
 from .config import LoQTConfig
 from .findings import Finding
-from .layer import LoQTLayer
-from .optimizer_state import optimizer_findings
-from .unattended import HOW_TO_ATTEND, never_updated_findings, unattended_findings
-from .update import SMALLEST_CHANGE_TO_ERROR, active_layers, loqt_layers
-from .weight_shares import WeightShares, weight_shares
+from .layers.layer import LoQTLayer
+from .layers.training_watch import HOW_TO_ATTEND, never_updated_findings, unattended_findings
+from .layers.weight_shares import WeightShares, weight_shares
+from .saving.base_name import base_name_findings
+from .training.optimizer_state import optimizer_findings
+from .training.update import SMALLEST_CHANGE_TO_ERROR, active_layers, loqt_layers
 
 
 # whose versions a bug report needs
@@ -259,7 +259,7 @@ class Health:
         versions (`dict[str, str]`): Of Python and of the packages that are installed.
         devices (`list[str]`): The processor, and each accelerator with its memory.
         adapter (`dict`, *optional*): Name, updates so far, rank, scale, formats, base model; `None` without an adapter.
-        weights (`dict`, *optional*): How the model's weights are held, see [`loqt_peft.weight_shares.WeightShares`].
+        weights (`dict`, *optional*): How the model's weights are held, see [`loqt_peft.layers.weight_shares.WeightShares`].
         findings (`list[Finding]`): What is not in order; empty if nothing is.
     """
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import bitsandbytes as bnb
 import torch
@@ -18,204 +16,20 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .checkpoint import ERROR, TENSORS, canonical, report_base_name, seal_adapter, verify_adapter
 from .config import LoQTConfig
-from .distributed import ignored_by_ddp
-from .findings import Finding, report
+from .export import ExportReport, export
+from .findings import report
 from .health import saving_findings
-from .layer import Linear, LoQTLayer
-from .target_checks import TargetChecks
-from .target_modules import TARGET_MODULES_MAPPING, without_unfit
-from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
-from .weight_shares import weight_shares
-
-
-if TYPE_CHECKING:
-    from .export import ExportReport
-
-# in the keys of what belongs to a LoQT layer
-_LOQT_PART = ".loqt_"
-# in the names of modules, but not in those of the state dict
-_FSDP_PREFIX = "_fsdp_wrapped_module."
-
-
-def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
-    """The parameters that `config.full_rank_modules` names, by their names in `model`; tied ones once.
-
-    Raises:
-        ValueError: If a name matches no module, or one that is targeted or in `modules_to_save`.
-    """
-    wanted = config.full_rank_modules
-    if not wanted:
-        return {}
-    # names of modules in which parameters belong to PEFT
-    managed = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-
-    def owner(parameter_name: str) -> str | None:
-        parts = parameter_name.split(".")
-        return next((key for i in range(len(parts)) if (key := ".".join(parts[:i])) in managed), None)
-
-    if wanted == "all":
-        selected = {}
-        for name, parameter in model.named_parameters():
-            managed_by = owner(name)
-            is_bias = isinstance(managed.get(managed_by), LoQTLayer) and name == f"{managed_by}.base_layer.bias"
-            if parameter.is_floating_point() and (managed_by is None or is_bias):
-                selected[name] = parameter
-        return selected
-
-    selected = {}
-    for module_name in wanted:
-        keys = [n for n, _ in model.named_modules() if n == module_name or n.endswith(f".{module_name}")]
-        if not keys:
-            raise ValueError(
-                f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name."
-            )
-        for key in keys:
-            for name, parameter in model.get_submodule(key).named_parameters(prefix=key):
-                if owner(name) is not None:
-                    raise ValueError(
-                        f"full_rank_modules={module_name!r} is not allowed: {key!r} is or holds a module in target_modules "
-                        "or modules_to_save."
-                    )
-                selected[name] = parameter
-    # tied weights have several names
-    names = {id(parameter): name for name, parameter in reversed(selected.items())}
-    return {name: parameter for name, parameter in selected.items() if names[id(parameter)] == name}
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
-    """The layers of an adapter, by their names in the state dict."""
-    return {
-        name.removeprefix(_FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
-    }
-
-
-def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict[str, str]:
-    """Key in a checkpoint, without PEFT's prefix -> name in the model, of what an adapter holds outside LoQT layers."""
-    names = {name: name for name in full_rank_parameters(model, config)}
-    for module_name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module_name = module_name.removeprefix(_FSDP_PREFIX)
-            for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
-                names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
-    return {canonical(key): name for key, name in names.items()}
-
-
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    embeddings = []
-    for side in ("input", "output"):
-        # models of two towers, of images or of sound have no such module, and say so in this way
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    return {name: module for name, module in model.named_modules() if any(module is e for e in embeddings)}
-
-
-def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
-    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
-    replaced = {f"{name}.base_layer.weight" for name in _layers_of(model, adapter_name)}
-    return any(
-        not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)
-        for name, _ in model.named_parameters()
-    )
-
-
-def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """See `verify_adapter`; what `modules_to_save` brings has its name in the model already."""
-    names = _rest_names(model, config, adapter_name)
-    keys = {canonical(name): key for key, name in names.items()}
-    # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
-    embeddings = tuple(f"{canonical(name)}." for name in _embeddings(model))
-    adapter = {}
-    for key, tensor in state_dict.items():
-        key = canonical(key)
-        if key in keys or key in names or _LOQT_PART in key or not key.startswith(embeddings):
-            adapter[keys.get(key, key)] = tensor
-    own = model.state_dict()
-    warning = verify_adapter(
-        _layers_of(model, adapter_name),
-        {key: own[name] for key, name in names.items()},
-        adapter_name,
-        adapter,
-        base_is_needed=_uses_base(model, adapter_name, set(names.values())),
-    )
-    if warning:
-        warnings.warn(warning, stacklevel=2)
-
-
-def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
-    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    # of which PEFT trains a copy is no longer tied
-    copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
-    if hasattr(model, "tie_weights") and not copied:
-        model.tie_weights()
-
-
-class _VerifyOnFirstUse:
-    """Verifies an adapter before anything is computed with it, or made from it.
-
-    Loaders other than PEFT's write into the model by themselves, and a config may say that something was to be loaded where
-    nothing was. It is a forward pre-hook of every module, so that it does not matter which one is called, and each layer
-    knows it (`LoQTLayer.verify`). Once there is nothing left to verify, nothing of it is left in the model.
-    """
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.model = model
-        self.adapter_name = adapter_name
-        for layer in _layers_of(model, adapter_name).values():
-            layer.verifications[adapter_name] = self
-        self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.verify()
-
-    def verify(self) -> None:
-        layers = _layers_of(self.model, self.adapter_name)
-        seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
-        # zeros: PEFT loaded the adapter, or nobody did
-        if any(seal.any() for seal in seals):
-            self._verify_loaded(layers)
-        elif layers:
-            report(loading_findings(self.model.peft_config[self.adapter_name], self.adapter_name, layers))
-        self.end()
-
-    def _verify_loaded(self, layers: dict[str, LoQTLayer]) -> None:
-        _tie_weights_after_load(self.model)
-        config, own = self.model.peft_config[self.adapter_name], self.model.state_dict()
-        saved = {
-            f"{name}.{part}": getattr(layer, part)[self.adapter_name]
-            for name, layer in layers.items()
-            for part in (*TENSORS, ERROR, "loqt_seal")
-            if self.adapter_name in getattr(layer, part)
-        }
-        saved |= {key: own[name] for key, name in _rest_names(self.model, config, self.adapter_name).items()}
-        _verify(self.model, config, self.adapter_name, saved)
-        for layer in layers.values():
-            layer.leave_inference_mode()
-            layer.loqt_seal[self.adapter_name].zero_()
-
-    def end(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for layer in _layers_of(self.model, self.adapter_name).values():
-            layer.verifications.pop(self.adapter_name, None)
-
-
-def loading_findings(config: LoQTConfig, adapter_name: str, layers: dict[str, LoQTLayer]) -> list[Finding]:
-    """Whether an adapter whose config speaks of updates has been through any; without, it is the untrained base model."""
-    if not config.num_updates or not layers or any(layer.num_updates(adapter_name) for layer in layers.values()):
-        return []
-    return [
-        Finding(
-            "error",
-            "nothing_loaded",
-            f"The LoQT adapter {adapter_name!r} was made with a config of num_updates={config.num_updates}, that of a trained "
-            "adapter, but nothing was loaded into it.",
-            "Load it with `PeftModel.from_pretrained` or `load_adapter`; to copy an adapter of this model, pass the very "
-            "config, `model.peft_config[name]`; to train a new one with these settings, set `config.num_updates = 0` first.",
-        )
-    ]
+from .layers.full_rank import full_rank_parameters, names_outside_layers
+from .layers.layer import Linear, LoQTLayer
+from .layers.target_checks import TargetChecks
+from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
+from .layers.weight_shares import weight_shares
+from .loading import VerifyOnFirstUse, layers_of, tie_weights_after_load, verify
+from .saving.base_name import report_base_name
+from .saving.seal import seal_adapter
+from .training.distributed import ignored_by_ddp
+from .training.update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
 
 
 class LoQTModel(BaseTuner):
@@ -243,11 +57,11 @@ class LoQTModel(BaseTuner):
     ###############################
 
     def begin_step(self, step: int, is_last_backward: Callable[[], bool] | None = None) -> bool:
-        """Before the first forward pass of optimizer step `step`; see [`loqt_peft.update.begin_step`]."""
+        """Before the first forward pass of optimizer step `step`; see [`loqt_peft.training.update.begin_step`]."""
         return begin_step(self, step, is_last_backward)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
-        """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.update.end_step`]."""
+        """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.training.update.end_step`]."""
         return end_step(self, optimizer)
 
     def cancel_step(self) -> None:
@@ -380,8 +194,8 @@ class LoQTModel(BaseTuner):
         if not config.inference_mode:
             report(weight_shares(model, adapter_name).findings())
         if config.full_rank_modules:
-            model.register_load_state_dict_post_hook(_tie_weights_after_load)
-        layers = _layers_of(model, adapter_name).values()
+            model.register_load_state_dict_post_hook(tie_weights_after_load)
+        layers = layers_of(model, adapter_name).values()
         if (
             source is not None
             and config.num_updates
@@ -391,7 +205,7 @@ class LoQTModel(BaseTuner):
                 layer.verify()
                 layer.copy_adapter(source, adapter_name)
         elif config.format_version is not None or config.num_updates:
-            _VerifyOnFirstUse(model, adapter_name)
+            VerifyOnFirstUse(model, adapter_name)
 
     ###############################
     # State dict
@@ -406,7 +220,7 @@ class LoQTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        layers = _layers_of(model, adapter_name)
+        layers = layers_of(model, adapter_name)
         for layer in layers.values():
             layer.verify()
         # the config is saved next, and by it a loader knows what there is to load
@@ -414,7 +228,7 @@ class LoQTModel(BaseTuner):
         report_base_name(model)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
-        rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
+        rest = {key: state_dict[name] for key, name in names_outside_layers(model, config, adapter_name).items()}
         adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
         report(saving_findings(model, adapter_name), stacklevel=3)
         return adapter
@@ -423,8 +237,8 @@ class LoQTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        layers = _layers_of(model, adapter_name)
-        _verify(model, config, adapter_name, state_dict)
+        layers = layers_of(model, adapter_name)
+        verify(model, config, adapter_name, state_dict)
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
         updates = [0]
@@ -515,7 +329,7 @@ class LoQTModel(BaseTuner):
             progressbar (`bool`): Show one.
 
         Returns:
-            [`~loqt_peft.export.ExportReport`]
+            [`~loqt_peft.export.export.ExportReport`]
 
         Raises:
             ValueError:
@@ -525,7 +339,4 @@ class LoQTModel(BaseTuner):
                 dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
-        # it is built on this module
-        from .export import export
-
         return export(self, output_dir, to, rank, dtype, overwrite, progressbar)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from loqt_peft import LoQTConfig, host_memory
-from loqt_peft.host_memory import HostCopy
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers.host_memory import HostCopy
+from loqt_peft.training.update import loqt_layers
 
 
 def merged_dense_copy(model):

@@ -5,9 +5,9 @@ import torch
 from common import loqt_config, single_linear, tiny_llama, token_batch, train_steps
 from peft import get_peft_model
 
-from loqt_peft import host_memory
-from loqt_peft.host_memory import HostCopy
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers import host_memory
+from loqt_peft.layers.host_memory import HostCopy
+from loqt_peft.training.update import loqt_layers
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import loqt_peft.layer
+import loqt_peft.layers.layer
 from loqt_peft import PerformanceCallback
-from loqt_peft.quantization import on_device, storage_format
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm.quantization import on_device, storage_format
+from loqt_peft.training.update import loqt_layers
 
 
 class Transfers(TorchDispatchMode):
@@ -93,7 +93,7 @@ def test_an_offloaded_base_computes_what_it_would_compute_on_the_device(base_dir
     expected, weight = layer._base_forward(x), layer.get_base_layer().weight
     # the other way round: the weight is on the host and comes to the device
     layer.get_base_layer().weight = on_device(weight, torch.device("meta"))
-    monkeypatch.setattr(loqt_peft.layer, "on_device", lambda *_: weight)
+    monkeypatch.setattr(loqt_peft.layers.layer, "on_device", lambda *_: weight)
     assert torch.equal(layer._base_forward(x), expected)
     assert layer.get_base_layer().weight.device.type == "meta"
 

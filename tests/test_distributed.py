@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loqt_peft import LoQTTrainerCallback, update
-from loqt_peft.distributed import ignored_by_ddp, tell_ddp
-from loqt_peft.layer import LoQTLayer
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers.layer import LoQTLayer
+from loqt_peft.training.distributed import ignored_by_ddp, tell_ddp
+from loqt_peft.training.update import loqt_layers
 
 
 def run(output_dir, processes, batch_size, accumulation, update_mode, projection):

@@ -35,11 +35,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from loqt_peft import export
+from loqt_peft.algorithm.quantization import FourBitFormat
 from loqt_peft.cli.adapter import base_class, load_base
 from loqt_peft.cli.main import main
-from loqt_peft.quantization import FourBitFormat
-from loqt_peft.update import loqt_layers
+from loqt_peft.export import export
+from loqt_peft.training.update import loqt_layers
 
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,9 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from loqt_peft import functional
-from loqt_peft.functional import cheapest, operations
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm import linear_map as functional
+from loqt_peft.algorithm.linear_map import cheapest, operations
+from loqt_peft.training.update import loqt_layers
 
 
 WAYS = ["branch", "thin", "weight"]

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
-from loqt_peft.target_checks import READ_NOT_CALLED
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers.target_checks import READ_NOT_CALLED
+from loqt_peft.training.update import loqt_layers
 
 
 def names_of(model):

@@ -17,8 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback, performance
-from loqt_peft.update import loqt_layers
+from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
+from loqt_peft.training import performance
+from loqt_peft.training.update import loqt_layers
 
 
 LOGGED = {

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.weight_shares import weight_shares
+from loqt_peft.layers.weight_shares import weight_shares
 
 
 SIZES = {

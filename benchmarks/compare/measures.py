@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layer import LoQTLayer
-from loqt_peft.projection import orthonormalize, restrict, squared_norm
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm.projection import orthonormalize, restrict, squared_norm
+from loqt_peft.layers.layer import LoQTLayer
+from loqt_peft.training.update import loqt_layers
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_apollo_torch_available, is_galore
 from benchmarks.compare.measures import SwitchLosses
 from benchmarks.compare.relora import ReLoRACallback, relora_schedule
 from loqt_peft import LoQTConfig, PerformanceCallback
-from loqt_peft.update import begin_step
+from loqt_peft.training.update import begin_step
 
 
 # what transformers' own messages say to install is the head of a branch

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks.common import llama, markdown_table, provenance, token_blocks, write_json, write_markdown
-from loqt_peft.projection import project, random_projection
+from loqt_peft.algorithm.projection import project, random_projection
 
 
 METHODS = ("svd", "eigh", "randomized", "random", "sketch", "one micro-batch of 4")

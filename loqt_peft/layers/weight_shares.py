@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import bitsandbytes as bnb
 from torch import nn
 
-from .findings import Finding
-from .update import loqt_layers
+from ..findings import Finding
+from ..training.update import loqt_layers
 
 
 # share of the weights in fused parameters from which on a user deserves a word

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .checkpoint import report_base_name
-from .findings import Finding, report
-from .layer import LoQTLayer, Projected, Switch
+from ..algorithm.schedule import staggered_offsets
+from ..findings import Finding, report
+from ..layers.layer import LoQTLayer, Projected, Switch
+from ..layers.stopwatch import Stretch, mark
+from ..layers.training_watch import lost_update_findings
+from ..saving.base_name import report_base_name
 from .optimizer_state import optimizer_findings, treat_optimizer_state
-from .schedule import staggered_offsets
-from .stopwatch import Stretch, mark
-from .unattended import lost_update_findings
 
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     Raises:
         ValueError:
             Before anything is changed: if what the optimizer keeps of B cannot be treated as `optimizer_state` says (see
-            [`loqt_peft.optimizer_state.optimizer_findings`]).
+            [`loqt_peft.training.optimizer_state.optimizer_findings`]).
     """
     adapter_name, layers = active_layers(model)
     layers = [(name, layer) for name, layer in layers if layer.update_due]

@@ -19,13 +19,10 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import SEAL_SIZE, base_storage_code, no_sample, sample
-from .compensation import compensate
-from .functional import LoQTLinear, weight_gradient
-from .host_memory import HostCopy, for_device, for_host
-from .module_hooks import swap_hooks
-from .precision import without_autocast
-from .projection import (
+from ..algorithm.compensation import compensate
+from ..algorithm.linear_map import LoQTLinear, weight_gradient
+from ..algorithm.precision import without_autocast
+from ..algorithm.projection import (
     captured_energy,
     expand,
     is_right,
@@ -35,14 +32,17 @@ from .projection import (
     squared_norm,
     trainable_shape,
 )
-from .quantization import on_device, storage_format, undo_cpu_packing
+from ..algorithm.quantization import on_device, storage_format, undo_cpu_packing
+from ..saving.seal import SEAL_SIZE, base_storage_code, no_sample, sample
+from .host_memory import HostCopy, for_device, for_host
+from .module_hooks import swap_hooks
 from .stopwatch import Stretch, mark
-from .unattended import TrainingWatch
+from .training_watch import TrainingWatch
 from .weight_guard import UnreadableWeight
 
 
 if TYPE_CHECKING:
-    from .config import LoQTConfig
+    from ..config import LoQTConfig
 
 # of the int64 buffer `loqt_state`
 NUM_UPDATES, UPDATE_PENDING = 0, 1
@@ -109,7 +109,7 @@ class Projected(NamedTuple):
         P (`torch.Tensor`): The new projection, in its storage format; the old one if the gradient is zero.
         energies (`torch.Tensor`): float32 `[2]`: squared norms of the gradient within the span of P, and of the gradient.
         finite (`torch.Tensor`): 0-d bool; if false, P is of no use.
-        work ([`~loqt_peft.stopwatch.Stretch`], *optional*): What it took to make P from the gradient.
+        work ([`~loqt_peft.layers.stopwatch.Stretch`], *optional*): What it took to make P from the gradient.
     """
 
     P: torch.Tensor
@@ -642,7 +642,7 @@ class LoQTLayer(BaseTunerLayer):
             offload (`bool`):
                 Keep on the CPU what has to be kept of the gradient until the switch: the packed P where it is computed in
                 the backward pass, else 4 bytes for each element of W. Up to 2 GiB of a process are page-locked (see
-                [`~loqt_peft.host_memory.PINNED_BYTES`]), the rest is ordinary memory, which is given back afterwards.
+                [`~loqt_peft.layers.host_memory.PINNED_BYTES`]), the rest is ordinary memory, which is given back afterwards.
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.

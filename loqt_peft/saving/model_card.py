@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 
 if TYPE_CHECKING:
-    from .config import LoQTConfig
+    from ..config import LoQTConfig
 
 
 CARD_NAME = "README.md"

@@ -24,15 +24,16 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .choices import EXPORT_FORMATS, QUANT_TYPES
-from .layer import LoQTLayer, dense_layer, source_class
-from .model import LoQTModel, full_rank_parameters
-from .quantization import undo_cpu_packing
-from .update import loqt_layers
+from ..algorithm.quantization import undo_cpu_packing
+from ..choices import EXPORT_FORMATS, QUANT_TYPES
+from ..layers.full_rank import full_rank_parameters
+from ..layers.layer import LoQTLayer, dense_layer, source_class
+from ..training.update import loqt_layers
 
 
 if TYPE_CHECKING:
-    from .config import LoQTConfig
+    from ..config import LoQTConfig
+    from ..model import LoQTModel
 
 _PEFT_PREFIX = "base_model.model."
 # by these files a folder is taken for a model; left beside a new one, some would be loaded in its place

@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .findings import Finding
+from ..findings import Finding
 from .layer import LoQTLayer
 
 

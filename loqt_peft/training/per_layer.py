@@ -131,7 +131,7 @@ class PerLayerOptimizer:
                 "optimizer included, or accept the half step with `optimizer.zero_grad(); optimizer.step()`. Otherwise "
                 "send the sum of the losses backward once, accumulate micro-batches with `Accelerator.accumulate`, set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or, if another optimizer is in use, call "
-                "`loqt_peft.optim.remove_hooks(model.parameters())`."
+                "`loqt_peft.training.per_layer.remove_hooks(model.parameters())`."
             )
         self._norms[p] = torch.linalg.vector_norm(p.grad)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .choices import OF_GRADIENT
+from ..choices import OF_GRADIENT
 
 
 # of the randomized range finder

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .optim import PerLayerOptimizer, check_training_arguments, remove_hooks
+from .per_layer import PerLayerOptimizer, check_training_arguments, remove_hooks
 
 
 if sys.platform == "linux":
@@ -78,7 +78,7 @@ class PerformanceCallback(TrainerCallback):
     Raises:
         ValueError:
             When training begins: two of these callbacks, or a per-layer optimizer with arguments that it does not allow
-            (see [`loqt_peft.optim.check_training_arguments`]).
+            (see [`loqt_peft.training.per_layer.check_training_arguments`]).
     """
 
     def __init__(self) -> None:

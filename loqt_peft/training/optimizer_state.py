@@ -10,12 +10,12 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-from .findings import Finding
-from .precision import without_autocast
+from ..algorithm.precision import without_autocast
+from ..findings import Finding
 
 
 if TYPE_CHECKING:
-    from .layer import LoQTLayer
+    from ..layers.layer import LoQTLayer
 
 # What there is in the state of a parameter, by key, in the parameter's shape.
 # Averages of gradients, which turn with the subspace: torch, transformers, bitsandbytes, torchao, grokadamw, torch-optimi.
@@ -176,7 +176,7 @@ def treat_optimizer_state(
     then leaves B as it is. First moments are forgotten with "reset", and with "rotate" turned into the new subspace.
 
     Args:
-        layer ([`~loqt_peft.layer.LoQTLayer`]): After its switch.
+        layer ([`~loqt_peft.layers.layer.LoQTLayer`]): After its switch.
         adapter_name (`str`): The adapter.
         optimizer (`torch.optim.Optimizer`): What steps B; one in which [`optimizer_findings`] finds no error.
         P_old (`torch.Tensor`, *optional*): With "rotate", the projection of before: float32 `[r, in]` or `[out, r]`.

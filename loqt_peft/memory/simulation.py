@@ -26,11 +26,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
+from ..algorithm.quantization import _dynamic_map
+from ..config import LoQTConfig
+from ..layers.layer import LoQTLayer
+from ..training.update import loqt_layers
 from .closed_form import MemoryOptions
-from .config import LoQTConfig
-from .layer import LoQTLayer
-from .quantization import _dynamic_map
-from .update import loqt_layers
 
 
 aten = torch.ops.aten

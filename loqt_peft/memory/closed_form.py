@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from .choices import (
+from ..algorithm.linear_map import BRANCH, cheapest, keeps_input
+from ..algorithm.projection import is_right, projection_shape, sketch_width, trainable_shape
+from ..algorithm.quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
+from ..choices import (
     BASES,
     DTYPES,
     ESTIMATED_METHODS,
@@ -23,9 +26,6 @@ from .choices import (
     RETAIN_BASE,
     UPDATE_MODES,
 )
-from .functional import BRANCH, cheapest, keeps_input
-from .projection import is_right, projection_shape, sketch_width, trainable_shape
-from .quantization import BLOCKSIZE, NESTED_BLOCKSIZE, storage_format
 
 
 # decoders of this form: RMSNorm, attention with rotary embeddings, a gated MLP
@@ -675,7 +675,7 @@ class ClosedForm:
         return matrices + 12 * adapter + 8 * P
 
     def phases(self) -> dict[str, Counter]:
-        """The peak of every phase, by category; see [`~loqt_peft.memory.MemoryEstimate`]."""
+        """The peak of every phase, by category; see [`~loqt_peft.memory.estimate.MemoryEstimate`]."""
         load = self.static(self.options.starts_dense)
         del load["optimizer state"]
         phases = {"load": load, **self._step(update=False)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .findings import Finding, report
+from ..findings import Finding, report
 
 
 if TYPE_CHECKING:
