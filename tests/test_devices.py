@@ -1,7 +1,5 @@
 """What travels between devices, with `meta` in place of the device that computes."""
 
-import types
-
 import pytest
 import torch
 from common import load_llama, loqt_config, tiny_llama, train_steps
@@ -11,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import loqt_peft.layers.layer
-from loqt_peft import PerformanceCallback
 from loqt_peft.algorithm.quantization import on_device, storage_format
 from loqt_peft.training.update import loqt_layers
 
@@ -121,22 +118,3 @@ def test_the_state_of_an_update_is_written_element_by_element():
     assert layer.num_updates("default") == 3 and layer.update_pending("default")
     layer.loqt_state["default"].copy_(torch.tensor([5, 0]))
     assert layer.num_updates("default") == 5 and not layer.update_pending("default")
-
-
-def test_peak_memory_is_read_from_the_counters_of_the_device_itself(monkeypatch):
-    calls = []
-    counters = types.SimpleNamespace(
-        max_memory_allocated=lambda device: calls.append(("allocated", device)) or 100,
-        max_memory_reserved=lambda device: calls.append(("reserved", device)) or 200,
-        reset_peak_memory_stats=lambda device: calls.append(("reset", device)),
-    )
-    monkeypatch.setattr(torch, "cuda", counters)
-    # not all versions of torch that work have these
-    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
-        monkeypatch.delattr(torch.accelerator, name)
-    device = torch.device("cuda", 1)
-    assert PerformanceCallback._take_peak_memory(device) == {
-        "loqt/peak_memory_allocated": 100,
-        "loqt/peak_memory_reserved": 200,
-    }
-    assert calls == [("allocated", device), ("reserved", device), ("reset", device)]

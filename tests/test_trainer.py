@@ -316,7 +316,9 @@ def test_embedded_inputs_count_as_tokens(tmp_path, clock):
 def test_memory_of_a_device(monkeypatch):
     calls = []
     for name, value in (("max_memory_allocated", 3), ("max_memory_reserved", 5), ("reset_peak_memory_stats", None)):
-        monkeypatch.setattr(torch.accelerator, name, lambda device, n=name, v=value: calls.append((n, device)) or v)
+        monkeypatch.setattr(torch.cuda, name, lambda device, n=name, v=value: calls.append((n, device)) or v)
+        # not every torch that works has those of `torch.accelerator`
+        monkeypatch.delattr(torch.accelerator, name, raising=False)
     device = torch.device("cuda", 1)
     memory = PerformanceCallback._take_peak_memory(device)
     assert memory == {"loqt/peak_memory_allocated": 3, "loqt/peak_memory_reserved": 5}
