@@ -22,12 +22,12 @@ from transformers.training_args import ParallelMode
 
 from .config import LoQTConfig
 from .findings import Finding
-from .layers.layer import LoQTLayer
+from .layers.layer import LoQTLayer, active_layers, loqt_layers
 from .layers.training_watch import HOW_TO_ATTEND, never_updated_findings, unattended_findings
 from .layers.weight_shares import WeightShares, weight_shares
 from .saving.base_name import base_name_findings
+from .training.figures import SMALLEST_CHANGE_TO_ERROR
 from .training.optimizer_state import optimizer_findings
-from .training.update import SMALLEST_CHANGE_TO_ERROR, active_layers, loqt_layers
 
 
 # whose versions a bug report needs

@@ -12,10 +12,9 @@ from torch import nn
 from .config import LoQTConfig
 from .findings import Finding, report
 from .layers.full_rank import names_outside_layers
-from .layers.layer import LoQTLayer
+from .layers.layer import LoQTLayer, loqt_layers
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
-from .training.update import loqt_layers
 
 
 # in the keys of what belongs to a LoQT layer

@@ -21,7 +21,8 @@ from .export import ExportReport, export
 from .findings import report
 from .health import saving_findings
 from .layers.full_rank import full_rank_parameters, names_outside_layers
-from .layers.layer import Linear, LoQTLayer
+from .layers.layer import LoQTLayer, loqt_layers
+from .layers.linear import Linear
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
@@ -29,7 +30,8 @@ from .loading import VerifyOnFirstUse, layers_of, tie_weights_after_load, verify
 from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
-from .training.update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
+from .training.figures import LoQTUpdate
+from .training.update import begin_step, cancel_step, end_step, record_updates
 
 
 class LoQTModel(BaseTuner):
@@ -273,7 +275,7 @@ class LoQTModel(BaseTuner):
         # before PEFT takes the first piece out
         for _, layer in loqt_layers(self.model):
             if adapter_name in layer.loqt_B:
-                layer.require_base("Deleting the adapter")
+                layer.base.require("Deleting the adapter")
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
 from loqt_peft import LoQTTrainerCallback
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.training.optimizer_state import optimizer_findings, treat_optimizer_state
-from loqt_peft.training.update import loqt_layers
 
 
 pytestmark = [

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.layers.target_checks import READ_NOT_CALLED
-from loqt_peft.training.update import loqt_layers
 
 
 def names_of(model):
@@ -327,7 +327,7 @@ def test_hooks_are_called_as_before_the_first_update():
     model.begin_step(2)
     model(x).sum().backward()
     gradient = torch.full((4, 8), 3.0).T @ (2 * x)
-    assert torch.allclose(layer.stop_capture()[0], gradient, rtol=1e-5)
+    assert torch.allclose(layer.capture.stop()[0], gradient, rtol=1e-5)
     # after merging they are the dense layer's
     merged = model.eval().merge_and_unload()
     assert merged[0] is linear

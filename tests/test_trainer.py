@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.training import performance
-from loqt_peft.training.update import loqt_layers
 
 
 LOGGED = {
@@ -172,7 +172,7 @@ def test_stop_in_the_middle_of_a_window_drops_the_partial_gradient(tmp_path):
         model, tmp_path, [LoQTTrainerCallback(), StopMidWindow()], gradient_accumulation_steps=3, max_steps=6
     )
     trainer.train()
-    assert all(layer.captured_gradient is None for _, layer in loqt_layers(model))
+    assert all(layer.capture.gradient is None for _, layer in loqt_layers(model))
     assert trainer.train().global_step >= 2
 
 
