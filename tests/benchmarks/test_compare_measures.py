@@ -68,6 +68,16 @@ def test_bytes_of_one_step_are_those_of_many():
         assert training.measure_bytes(spec) == run_tiny(spec)["bytes"]
 
 
+def test_the_most_gradients_that_lay_there_at_once_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 8, bias=False))
+    counter = measures.ByteCounter(model)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    # the larger gradient comes first, and is gone when the smaller one is there
+    model(torch.ones(1, 2)).sum().backward()
+    assert counter.bytes["gradients"] == 4 * 16
+
+
 def test_losses_around_a_switch_differ_by_what_it_loses(monkeypatch):
     gaps = {"update_interval": 2, "interval_schedule": "constant"}
     found = {}
