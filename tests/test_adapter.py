@@ -318,6 +318,11 @@ def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
 
+    plain = load_llama(base_dir, "dense")
+    plain.load_adapter(str(tmp_path))
+    plain.add_adapter(plain.peft_config["default"], "twin")
+    assert plain.active_adapters() == ["twin"] and torch.equal(logits(plain), first)
+
     # one that was read, or written by hand, and nothing that was loaded
     message = "'other' was made with a config of num_updates=2, .* nothing was loaded into it"
     for use in (logits, lambda m: m.save_pretrained(tmp_path / "no"), lambda m: m.merge_adapter(), train_steps_once):
