@@ -310,14 +310,14 @@ class LoQTLayer(BaseTunerLayer):
                 del container[target]
         self._place_base()
 
-    def verify(self) -> None:
-        """Verify what a loader has written into this layer's adapters, unless that was done.
+    def verify(self, adapter_name: str) -> None:
+        """Before an adapter is used, verify what a loader has written into it, unless that was done.
 
         Raises:
             ValueError: If it is not what was saved, is not meant for this model, or nothing was loaded.
         """
-        for verification in list(self.verifications.values()):
-            verification.verify()
+        if adapter_name in self.verifications:
+            self.verifications[adapter_name].verify()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -506,7 +506,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
-        self.verify()
+        self.verify(adapter_name)
         B = self.loqt_B[adapter_name].detach().float()
         return expand(self.projection(adapter_name), B, self.right).mul_(self.scaling[adapter_name])
 

@@ -143,8 +143,8 @@ def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict:
 
 
 def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
-    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    # of which PEFT trains a copy is no longer tied
+    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights; a module of
+    # which PEFT trains a copy is no longer tied
     copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
     if hasattr(model, "tie_weights") and not copied:
         model.tie_weights()
@@ -161,13 +161,15 @@ class _VerifyOnFirstUse:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
-        for layer in _layers_of(model, adapter_name).values():
+        self.layers = list(_layers_of(model, adapter_name).values())
+        for layer in self.layers:
             layer.verifications[adapter_name] = self
         self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.verify()
+        if any(self.adapter_name in layer.active_adapters for layer in self.layers[:1]):
+            self.verify()
 
     def verify(self) -> None:
         layers = _layers_of(self.model, self.adapter_name)
@@ -197,7 +199,7 @@ class _VerifyOnFirstUse:
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in _layers_of(self.model, self.adapter_name).values():
+        for layer in self.layers:
             layer.verifications.pop(self.adapter_name, None)
 
 
@@ -384,7 +386,7 @@ class LoQTModel(BaseTuner):
             and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
         ):
             for layer in layers:
-                layer.verify()
+                layer.verify(source)
                 layer.copy_adapter(source, adapter_name)
         elif config.format_version is not None or config.num_updates:
             _VerifyOnFirstUse(model, adapter_name)
@@ -404,7 +406,7 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         layers = _layers_of(model, adapter_name)
         for layer in layers.values():
-            layer.verify()
+            layer.verify(adapter_name)
         # the config is saved next, and by it a loader knows what there is to load
         record_updates(model, adapter_name)
         report_base_name(model)
@@ -423,7 +425,7 @@ class LoQTModel(BaseTuner):
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
         updates = [0]
-        for verification in {layer.verifications.pop(adapter_name, None) for layer in layers.values()} - {None}:
+        for verification in {layer.verifications.get(adapter_name) for layer in layers.values()} - {None}:
             verification.end()
         for name, layer in layers.items():
             prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import bitsandbytes as bnb
 import pytest
@@ -335,6 +336,17 @@ def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
     state = get_peft_model_state_dict(model)
     set_peft_model_state_dict(fresh, state, "other")
     assert torch.equal(logits(fresh), first)
+    # where loading fails, the others go on working
+    shutil.copytree(tmp_path, tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "loqt_alpha": 2.0}))
+    with pytest.raises(ValueError, match="Another scale"):
+        model.load_adapter(tmp_path / "broken", "broken")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("broken")
+    with pytest.raises(ValueError, match="nothing was loaded into it"):
+        logits(model)
     # a second one is loaded beside the first
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
