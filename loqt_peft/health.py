@@ -157,7 +157,7 @@ def model_findings(model: nn.Module, adapter_name: str) -> list[Finding]:
     layers = _layers(model, adapter_name)
     try:
         for _, layer in layers:
-            layer.verify()
+            layer.verify(adapter_name)
     except ValueError as error:
         return _error(
             "not_verified", str(error), "Load an adapter that was saved whole, on the base that it was made for."

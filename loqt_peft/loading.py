@@ -72,8 +72,8 @@ def verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: 
 
 
 def tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
-    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    # of which PEFT trains a copy is no longer tied
+    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights; a module of
+    # which PEFT trains a copy is no longer tied
     copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
     if hasattr(model, "tie_weights") and not copied:
         model.tie_weights()
@@ -90,13 +90,15 @@ class VerifyOnFirstUse:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
-        for layer in layers_of(model, adapter_name).values():
+        self.layers = list(layers_of(model, adapter_name).values())
+        for layer in self.layers:
             layer.verifications[adapter_name] = self
         self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.verify()
+        if any(self.adapter_name in layer.active_adapters for layer in self.layers[:1]):
+            self.verify()
 
     def verify(self) -> None:
         layers = layers_of(self.model, self.adapter_name)
@@ -126,7 +128,7 @@ class VerifyOnFirstUse:
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in layers_of(self.model, self.adapter_name).values():
+        for layer in self.layers:
             layer.verifications.pop(self.adapter_name, None)
 
 

@@ -204,7 +204,7 @@ class LoQTModel(BaseTuner):
             and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
         ):
             for layer in layers:
-                layer.verify()
+                layer.verify(source)
                 layer.copy_adapter(source, adapter_name)
         elif config.format_version is not None or config.num_updates:
             VerifyOnFirstUse(model, adapter_name)
@@ -224,7 +224,7 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         layers = layers_of(model, adapter_name)
         for layer in layers.values():
-            layer.verify()
+            layer.verify(adapter_name)
         # the config is saved next, and by it a loader knows what there is to load
         record_updates(model, adapter_name)
         report_base_name(model)
@@ -244,7 +244,7 @@ class LoQTModel(BaseTuner):
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
         updates = [0]
-        for verification in {layer.verifications.pop(adapter_name, None) for layer in layers.values()} - {None}:
+        for verification in {layer.verifications.get(adapter_name) for layer in layers.values()} - {None}:
             verification.end()
         for name, layer in layers.items():
             prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"

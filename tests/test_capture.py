@@ -257,7 +257,9 @@ def test_postponed_block_of_a_staggered_update_joins_the_next():
 
 
 def test_staggering_is_not_taken_for_missing_updates():
-    model = get_peft_model(tiny_llama(num_hidden_layers=3), loqt_config(update_mode="stagger", update_interval=9))
+    base = tiny_llama(num_hidden_layers=3)
+    base.name_or_path = "base"
+    model = get_peft_model(base, loqt_config(update_mode="stagger", update_interval=9))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         train_steps(model, 4)

@@ -497,8 +497,9 @@ def test_steps_that_are_none(step):
 
 
 def test_no_warning_in_a_healthy_run():
-    model = LoQTConfig(r=4, task_type="CAUSAL_LM", update_interval=2)
-    model = get_peft_model(tiny_llama(), model)
+    base = tiny_llama()
+    base.name_or_path = "base"
+    model = get_peft_model(base, LoQTConfig(r=4, task_type="CAUSAL_LM", update_interval=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     with warnings.catch_warnings():

@@ -141,14 +141,14 @@ class LoQTLayer(BaseTunerLayer):
                 del container[target]
         self.place()
 
-    def verify(self) -> None:
-        """Verify what a loader has written into this layer's adapters, unless that was done.
+    def verify(self, adapter_name: str) -> None:
+        """Before an adapter is used, verify what a loader has written into it, unless that was done.
 
         Raises:
             ValueError: If it is not what was saved, is not meant for this model, or nothing was loaded.
         """
-        for verification in list(self.verifications.values()):
-            verification.verify()
+        if adapter_name in self.verifications:
+            self.verifications[adapter_name].verify()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -314,7 +314,7 @@ class LoQTLayer(BaseTunerLayer):
     @without_autocast
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
-        self.verify()
+        self.verify(adapter_name)
         B = self.loqt_B[adapter_name].detach()
         return low_rank_product(B, self.projection(adapter_name), self.scaling[adapter_name], self.right)
 

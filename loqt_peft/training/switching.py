@@ -38,7 +38,7 @@ def compute_switch(layer: LoQTLayer, adapter_name: str, new: NewProjection | Non
         adapter_name (`str`): The adapter.
         new ([`NewProjection`], *optional*): The new projection; `None` keeps the old one.
     """
-    layer.verify()
+    layer.verify(adapter_name)
     config = layer.config[adapter_name]
     with torch.no_grad():
         weight = layer.frozen_weight(adapter_name)

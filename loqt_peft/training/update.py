@@ -49,7 +49,6 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
     layers = list(loqt_layers(model))
     # a step that was never finished left a partial gradient
     for _, layer in layers:
-        layer.verify()
         layer.capture.stop()
     adapter_name, layers = active_of(layers)
     if adapter_name is None:
@@ -60,6 +59,8 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         )
     if step == 0:
         report_base_name(model)
+    for _, layer in layers:
+        layer.verify(adapter_name)
     config = layers[0][1].config[adapter_name]
     # processes must average before anything is made of a gradient
     in_backward = config.update_mode != "whole" and not is_distributed()
