@@ -40,7 +40,7 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
-    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
+    """Whether there are parameters that neither the adapter holds nor its own weights replace."""
     replaced = {f"{name}.base_layer.weight" for name in layers_of(model, adapter_name)}
     return any(
         not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)

@@ -100,7 +100,7 @@ def test_writing_the_state_and_packing_copy_nothing_from_the_host():
     layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
     with torch.no_grad(), Transfers() as transfers:
-        layer._write_state("default", 3, True)
+        layer.updates._write("default", 3, True)
         assert not transfers.moved
         for quant_type, double_quant in (("nf4", False), ("fp4", False), ("nf4", True)):
             storage = storage_format((64, 48), quant_type, double_quant, torch.float32)
@@ -113,7 +113,7 @@ def test_writing_the_state_and_packing_copy_nothing_from_the_host():
 
 def test_the_state_of_an_update_is_written_element_by_element():
     layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
-    layer._write_state("default", 3, True)
+    layer.updates._write("default", 3, True)
     assert layer.loqt_state["default"].tolist() == [3, 1]
     assert layer.num_updates("default") == 3 and layer.update_pending("default")
     layer.loqt_state["default"].copy_(torch.tensor([5, 0]))
