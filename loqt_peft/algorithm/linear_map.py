@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compat import storage_key
 from .projection import is_right, restrict
 from .quantization import DenseFormat, FourBitFormat
 
@@ -93,7 +94,7 @@ def _as_rows(x: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
     if known is not None and known[0] == x._version and known[1].dtype == dtype:
         return known[1]
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if keep and rows.untyped_storage()._cdata != x.untyped_storage()._cdata:
+    if keep and storage_key(rows) != storage_key(x):
         _rows[x] = x._version, rows
     return rows
 

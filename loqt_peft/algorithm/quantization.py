@@ -23,6 +23,7 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
+from ..compat import unpack_from_cpu
 from .precision import plain_defaults
 
 
@@ -308,9 +309,7 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
     """
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        # a private function, looked up where there is something that only it can undo
-        unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
-        weight.data, weight.quant_state = unpack(weight.data, state)
+        weight.data, weight.quant_state = unpack_from_cpu(weight.data, state)
     # its inverse (0.50.2), which `state_dict` calls too, leaves the absmax of weights that are not double-quantized
     # transposed and in bfloat16
     if state is not None and state.absmax.dim() == 2:

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..algorithm.linear_map import LoQTLinear
+from ..compat import swap_hooks
 from .base_weight import dense_layer
 from .layer import LoQTLayer
-from .module_hooks import swap_hooks
 
 
 if TYPE_CHECKING:
