@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
+from loqt_peft.algorithm import linear_map
 from loqt_peft.cli.main import main
 from loqt_peft.memory import parse_bytes, required_bytes
 from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
@@ -217,6 +218,26 @@ def test_update_step_needs_no_more_than_an_ordinary_one():
     assert estimate_memory(seven, simulate=True, **options).update_ratio <= 1.05
     # what it would be without the bound
     assert estimate_memory(seven, **options, update_mode="whole").update_ratio > 1.5
+
+
+@pytest.mark.parametrize("rank", [64, 208])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_layer": True, "gradient_checkpointing": True}], ids=["plain", "bounded"]
+)
+def test_one_product_a_layer_needs_no_more_than_separate_ones(rank, options, monkeypatch):
+    def peaks():
+        return {phase: peak.total for phase, peak in simulate(LLAMA, options, all_layers=True).items()}
+
+    options = MemoryOptions(rank=rank, batch_size=4, sequence_length=256, **options)
+    chosen = peaks()
+    monkeypatch.setattr(linear_map, "cheapest", lambda *args, **kwargs: linear_map.BRANCH)
+    separate = peaks()
+    assert all(chosen[phase] <= separate[phase] for phase in separate)
+    # neither needs both x and its projection
+    assert chosen["update step"] < separate["update step"]
+    if rank > LLAMA.hidden_size / 2 and not options.gradient_checkpointing:
+        # query, key and value keep one x
+        assert chosen["forward"] < separate["forward"]
 
 
 def test_paper_claim_for_1b():
