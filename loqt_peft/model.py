@@ -329,7 +329,7 @@ class LoQTModel(BaseTuner):
             progressbar (`bool`): Show one.
 
         Returns:
-            [`~loqt_peft.export.export.ExportReport`]
+            [`~loqt_peft.export.ExportReport`]
 
         Raises:
             ValueError:

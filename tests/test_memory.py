@@ -26,9 +26,12 @@ from transformers import (
 
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
 from loqt_peft.cli.main import main
-from loqt_peft.memory.estimate import required_bytes
-from loqt_peft.memory.estimate.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory.estimate.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.memory import required_bytes
+from loqt_peft.memory.closed_form import ClosedForm
+from loqt_peft.memory.counter import DEVICE, HOST, StorageCounter
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.memory.shape import ModelShape, load_config
+from loqt_peft.memory.simulation import Run, measure_on_cpu, simulate
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"
