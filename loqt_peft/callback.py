@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ._moved import moved_names
 from .findings import report
 from .health import trainer_findings
 from .layers.weight_shares import weight_shares
@@ -14,6 +15,9 @@ from .saving.model_card import keep_loqt_section, write_model_card
 from .training.distributed import tell_ddp
 from .training.performance import PerformanceCallback, callback_handler
 from .training.update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
+
+
+__getattr__ = moved_names(__name__)
 
 
 class LoQTTrainerCallback(PerformanceCallback):

@@ -16,6 +16,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ._moved import moved_names
 from .config import LoQTConfig
 from .export import ExportReport, export
 from .findings import report
@@ -30,6 +31,9 @@ from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
 from .training.update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
+
+
+__getattr__ = moved_names(__name__)
 
 
 class LoQTModel(BaseTuner):

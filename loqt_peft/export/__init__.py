@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+from .._moved import moved_names
 from ..training.update import loqt_layers
 from .checks import (
     active_adapter,
@@ -24,6 +25,8 @@ from .report import ExportReport
 
 
 __all__ = ["ExportReport", "check_output_dir", "check_rank", "export", "to_4bit", "to_dense"]
+
+__getattr__ = moved_names(__name__)
 
 
 def export(

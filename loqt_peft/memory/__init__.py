@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .._moved import moved_names
+
 
 if TYPE_CHECKING:
     from .estimate import (
@@ -41,10 +43,12 @@ __all__ = [
     "required_bytes",
 ]
 
+_moved_name = moved_names(__name__)
+
 
 def __getattr__(name: str):
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _moved_name(name)
     value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return value
 
