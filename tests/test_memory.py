@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -452,6 +454,22 @@ def test_plan_of_the_impossible():
 def run(capsys, *arguments):
     status = main(["estimate", *map(str, arguments)])
     return status, *capsys.readouterr()
+
+
+def test_command_line_imports_no_more_than_it_needs(tmp_path):
+    """In formulas neither PEFT nor bitsandbytes; simulated, what the package registers when it is imported."""
+    LLAMA.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.argv = ["loqt"]
+from loqt_peft.cli.main import main
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--rank", "8"]) == 0
+assert main(["estimate", {str(tmp_path)!r}, "--plan", "--gpu", "24GiB", "--rank", "8"]) == 0
+assert not {{"peft", "bitsandbytes", "accelerate"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--simulate", "--rank", "8"]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_command_line_json_is_the_estimate(capsys):

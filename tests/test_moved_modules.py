@@ -1,7 +1,6 @@
 """What could be imported before the modules were put into folders can be imported from where it was."""
 
 import importlib
-import subprocess
 import sys
 import warnings
 
@@ -79,15 +78,3 @@ def test_a_module_that_has_stayed_has_all_of_its_names(name):
             assert caught == []
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
-
-
-def test_the_rooms_of_a_memory_estimate_are_light():
-    """The command line waits for none of what only a simulation or a training needs."""
-    code = (
-        "import sys; sys.argv = ['loqt']\n"
-        "import loqt_peft.memory.options, loqt_peft.algorithm.packed_layout\n"
-        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
-        "from loqt_peft.memory import estimate_memory, plan_memory\n"
-        "assert not {'peft', 'bitsandbytes', 'accelerate'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
