@@ -16,6 +16,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ._moved import moved_names
 from .compat import include_all_linear_layers
 from .config import LoQTConfig
 from .export import ExportReport, export
@@ -33,6 +34,9 @@ from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
 from .training.figures import LoQTUpdate
 from .training.update import begin_step, cancel_step, end_step, record_updates
+
+
+__getattr__ = moved_names(__name__)
 
 
 class LoQTModel(BaseTuner):
@@ -332,7 +336,7 @@ class LoQTModel(BaseTuner):
             progressbar (`bool`): Show one.
 
         Returns:
-            [`~loqt_peft.export.export.ExportReport`]
+            [`~loqt_peft.export.ExportReport`]
 
         Raises:
             ValueError:

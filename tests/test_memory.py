@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -29,8 +31,11 @@ from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer,
 from loqt_peft.algorithm import linear_map
 from loqt_peft.cli.main import main
 from loqt_peft.memory import parse_bytes, required_bytes
-from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.memory.closed_form import ClosedForm
+from loqt_peft.memory.counter import DEVICE, HOST, StorageCounter
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.memory.shape import ModelShape, load_config
+from loqt_peft.memory.simulation import Run, measure_on_cpu, simulate
 from loqt_peft.training.switching import compute_switch, project_gradient
 
 
@@ -472,6 +477,22 @@ def test_plan_of_the_impossible():
 def run(capsys, *arguments):
     status = main(["estimate", *map(str, arguments)])
     return status, *capsys.readouterr()
+
+
+def test_command_line_imports_no_more_than_it_needs(tmp_path):
+    """In formulas neither PEFT nor bitsandbytes; simulated, what the package registers when it is imported."""
+    LLAMA.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.argv = ["loqt"]
+from loqt_peft.cli.main import main
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--rank", "8"]) == 0
+assert main(["estimate", {str(tmp_path)!r}, "--plan", "--gpu", "24GiB", "--rank", "8"]) == 0
+assert not {{"peft", "bitsandbytes"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--simulate", "--rank", "8"]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_command_line_json_is_the_estimate(capsys):
