@@ -139,7 +139,9 @@ def test_random_projection_is_orthonormal_and_follows_its_seed(shape):
 def test_compensation(shape, quant_type, double_quant):
     W = torch.randn(shape)
     P = project(matrix(shape), 8, "svd")
-    storage = DenseFormat(shape, torch.bfloat16) if quant_type is None else FourBitFormat(shape, quant_type, double_quant)
+    storage = (
+        DenseFormat(shape, torch.bfloat16) if quant_type is None else FourBitFormat(shape, quant_type, double_quant)
+    )
     expected = compensate(W, P, storage, 0.5, 5)
     own = compensate(W.to(DEVICE), P.to(DEVICE), storage, 0.5, 5)
     for key in ("error_before", "error_after"):
@@ -275,7 +277,9 @@ def test_moments_are_rotated(optimizer_class):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         states = [optimizer.state[layer.loqt_B["default"]] for layer in layers]
-        before = [(layer.projection("default").cpu(), moment_of(state)) for layer, state in zip(layers, states, strict=True)]
+        before = [
+            (layer.projection("default").cpu(), moment_of(state)) for layer, state in zip(layers, states, strict=True)
+        ]
         model.end_step(optimizer)
         optimizer.zero_grad()
     in_8_bits = [state.get("state1", torch.empty(0)).dtype == torch.uint8 for state in states]

@@ -62,7 +62,9 @@ def within(name: str, predicted: float, measured: float | None, share: float, **
 def at_most(name: str, predicted: float, measured: float | None, share: float = 0.0, **others: str) -> Claim:
     """The measured value must not be above the predicted one, or above it by more than a share of it."""
     relation = f"at most {share:.0%} more" if share else "at most"
-    return _claim(name, predicted, measured, relation, measured is not None and measured <= _more(predicted, share), **others)
+    return _claim(
+        name, predicted, measured, relation, measured is not None and measured <= _more(predicted, share), **others
+    )
 
 
 def at_least(name: str, predicted: float, measured: float | None, share: float = 0.0, **others: str) -> Claim:

@@ -44,7 +44,11 @@ class DeviceMeter:
         free, total = torch.cuda.mem_get_info()
         context = total - free - torch.cuda.memory_reserved()
         reserved = torch.cuda.max_memory_reserved()
-        return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": reserved, "context_bytes": context}
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": reserved,
+            "context_bytes": context,
+        }
 
 
 class HostMeter:

@@ -64,14 +64,20 @@ def _figures(figures: dict, prefix: str = "") -> list[tuple[str, str]]:
 def markdown(results: Results) -> str:
     """Everything that was measured, with device, driver and versions."""
     tiny = results.data["form"] == "tiny"
-    environment = ", ".join(f"{key} {value}" for key, value in results.data["environment"].items() if value is not None)
+    environment = ", ".join(
+        f"{key} {value}" for key, value in results.data["environment"].items() if value is not None
+    )
     sections = ["# GPU claims\n", TINY_NOTE if tiny else "", f"Measured on: {environment}.\n", "## Verdicts\n"]
     claims = [claim for m in MEASUREMENTS for claim in results.claims(m.name)]
-    sections.append(_table(("claim", "predicted", "measured", "must be", "verdict", "predicted by"), [*map(_row, claims)]))
+    sections.append(
+        _table(("claim", "predicted", "measured", "must be", "verdict", "predicted by"), [*map(_row, claims)])
+    )
     for measurement in MEASUREMENTS:
         row = results.data["measurements"].get(measurement.name, {})
-        seconds = f" in {row['seconds']} s" if "seconds" in row else ""
-        sections.append(f"## {measurement.name}\n\n{measurement.what} {row.get('status', 'not begun').capitalize()}{seconds}.\n")
+        seconds = f" in {row['seconds']} s, commit {row['commit']}" if "seconds" in row else ""
+        sections.append(
+            f"## {measurement.name}\n\n{measurement.what} {row.get('status', 'not begun').capitalize()}{seconds}.\n"
+        )
         if row.get("figures"):
             sections.append(_table(("", ""), _figures(row["figures"])))
         if row.get("error"):

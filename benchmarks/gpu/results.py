@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .claims import Claim, from_json
+from .source import commit
 
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Results:
         self.save()
 
     def begin(self, name: str) -> None:
-        self.data["measurements"][name] = {"status": RUNNING, "began": time.time(), "figures": {}, "claims": []}
+        begun = {"status": RUNNING, "began": time.time(), "commit": commit(), "figures": {}, "claims": []}
+        self.data["measurements"][name] = begun
         self.save()
 
     def end(self, name: str, status: str, error: str = "") -> None:

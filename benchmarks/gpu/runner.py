@@ -85,6 +85,8 @@ def run(output: Path, tiny: bool, names: list[str] | None = None, minutes: float
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     results = Results(output, form)
     todo = [m for m in by_name(names) if results.status(m.name) != DONE]
+    # what was never tried, or interrupted, comes before what did not end by itself
+    todo.sort(key=lambda m: results.status(m.name) in (FAILED, LATE))
     while batch := affordable(todo, deadline - time.time(), tiny):
         batch = batch if tiny else batch[:1]
         before = {m.name: results.data["measurements"].get(m.name) for m in batch}

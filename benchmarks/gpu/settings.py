@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 # the only import from outside of this folder
-from benchmarks.common import versions
+from benchmarks.common import bpe_blocks, versions
 from loqt_peft import LoQTConfig
 from loqt_peft.closed_form import MemoryOptions
 from loqt_peft.optim import per_layer
@@ -27,12 +28,14 @@ from loqt_peft.optim import per_layer
 __all__ = [
     "ROOT",
     "Settings",
+    "bpe_blocks",
     "build_model",
+    "endless",
     "linear_names",
     "make_optimizer",
     "micro_batch",
     "seconds_of",
-    "timed_steps",
+    "timed_calls",
     "training_step",
     "versions",
 ]
@@ -112,17 +115,16 @@ class Settings:
         return {name: ids.long() for name, ids in load_file(TOKENS).items()}
 
 
-def seconds_of(call: Callable[[], object], settings: Settings, repeats: int = 3) -> float:
-    """Median seconds of a call, the device's work included, after one that does not count."""
-    call()
+def seconds_of(call: Callable[[], object], settings: Settings, repeats: int = 3, warm_up: int = 1) -> float:
+    """Median seconds of a call, the device's work included, after calls that do not count."""
     found = []
-    for _ in range(repeats):
+    for _ in range(warm_up + repeats):
         settings.synchronize()
         start = time.perf_counter()
         call()
         settings.synchronize()
         found.append(time.perf_counter() - start)
-    return sorted(found)[len(found) // 2]
+    return statistics.median(found[warm_up:])
 
 
 ###############################
@@ -242,21 +244,10 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: to
     optimizer.zero_grad()
 
 
-def timed_steps(take_step: Callable[[], object], settings: Settings, steps: int, warm_up: int = 2) -> float:
-    """Seconds of a step: the median of `steps`, after some that do not count."""
-    found = []
-    for index in range(warm_up + steps):
-        settings.synchronize()
-        start = time.perf_counter()
-        take_step()
-        settings.synchronize()
-        if index >= warm_up:
-            found.append(time.perf_counter() - start)
-    return sorted(found)[len(found) // 2]
-
-
 @contextmanager
-def timed_calls(objects: Iterable[object], method: str, settings: Settings, seconds: dict[str, float]) -> Iterator[None]:
+def timed_calls(
+    objects: Iterable[object], method: str, settings: Settings, seconds: dict[str, float]
+) -> Iterator[None]:
     """Add up under its name in `seconds` what a method of many objects takes, the device's work included."""
     objects = list(objects)
 

@@ -46,7 +46,7 @@ def predict(recorder: Recorder, layers: list, steps: int) -> tuple[float, str]:
     recorder.figure("qr and eigh of all layers, seconds", decomposed)
     recorder.figure("float32 products a second", rate)
     recorder.figure("products of an update, seconds by the formula", operations / rate)
-    what = f"{len(layers)} times qr and eigh as measured, and {operations:.3g} operations (formulas.update) at the measured rate"
+    what = f"qr and eigh of {len(layers)} layers, and {operations:.3g} products (formulas.update), at measured rates"
     return decomposed + operations / rate, what
 
 
@@ -91,4 +91,6 @@ def update_parts(recorder: Recorder) -> None:
     rest = split - sum(seconds.values())
     recorder.figure("of it, dL/dW and copies to and from the host, seconds", rest)
     claim = "projection, compensation and writing back are what an update adds"
-    recorder.claim(at_least(claim, split, sum(seconds.values()), 1 - ACCOUNTED, unit="s", source="an update, timed whole"))
+    recorder.claim(
+        at_least(claim, split, sum(seconds.values()), 1 - ACCOUNTED, unit="s", source="an update, timed whole")
+    )

@@ -84,9 +84,9 @@ def measure(measurement: Measurement, results: Results, settings: Settings) -> N
     results.end(measurement.name, status, error)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(pipe: int) -> None:
     # the runner holds the other end: where it was killed, nobody may go on writing to its file
-    sys.stdin.read()
+    os.read(pipe, 1)
     os._exit(1)
 
 
@@ -96,10 +96,16 @@ def main() -> None:
     parser.add_argument("form", choices=("full", "tiny"))
     parser.add_argument("names", nargs="+")
     options = parser.parse_args()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    settings = Settings(tiny=options.form == "tiny")
-    results = Results(options.output, options.form)
-    results.set_environment(environment(settings.device))
+    # what is started from here must not hold it
+    pipe = os.dup(sys.stdin.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    try:
+        settings = Settings(tiny=options.form == "tiny")
+        results = Results(options.output, options.form)
+        results.set_environment(environment(settings.device))
+    except (RuntimeError, ValueError) as error:
+        sys.exit(str(error))
     for measurement in by_name(options.names):
         measure(measurement, results, settings)
 
