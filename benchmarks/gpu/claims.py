@@ -31,7 +31,7 @@ class Claim:
     predicted: Figure
     measured: Figure
     relation: str
-    source: str
+    source: str = ""
     unit: str = ""
     holds: bool | None = None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 # of the small form on the CPU, where every measurement only has to end
-TINY_SECONDS = 60
+TINY_SECONDS = 300
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .results import DONE, FAILED, LATE, RUNNING, Results
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "gpu_output"
 # for the imports of a process, and for what a measurement does between two looks at the clock
-GRACE_SECONDS = 60
+GRACE_SECONDS = 120
 POLL_SECONDS = 0.2
 
 
