@@ -176,10 +176,10 @@ def test_what_is_late_or_fails_is_written_down_with_what_it_had_found(tmp_path, 
 
 def test_results_of_another_form_or_machine_are_not_mixed(tmp_path):
     results = Results(tmp_path / "results.json", "tiny")
-    results.set_environment({"device": "NVIDIA H100", "torch": "2.11.0"})
+    results.set_environment({"device": "NVIDIA H100", "torch": "2.11.0", "cores": 16})
     with pytest.raises(ValueError, match="results of the tiny form, and this is the full one"):
         Results(tmp_path / "results.json", "full")
-    results.set_environment({"device": "NVIDIA H100", "torch": "2.11.0"})
+    results.set_environment({"device": "NVIDIA H100", "torch": "2.11.0", "cores": 8})
     with pytest.raises(ValueError, match="device 'NVIDIA H100', now 'NVIDIA H200'"):
         results.set_environment({"device": "NVIDIA H200", "torch": "2.11.0"})
 

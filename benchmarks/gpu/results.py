@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 DONE, RUNNING, FAILED, LATE = "done", "running", "failed", "over its budget"
+# may differ between machines of one kind
+DETAILS = ("driver", "memory_bytes", "cores")
 
 
 class Results:
@@ -53,10 +55,11 @@ class Results:
         """Note machine and versions.
 
         Raises:
-            ValueError: If the file was begun on another machine, or with other versions.
+            ValueError: If the file was begun on another device, or with other versions.
         """
         known = self.data["environment"]
-        differing = [key for key in environment if known and known.get(key) != environment[key]]
+        compared = [key for key in environment if known and key not in DETAILS]
+        differing = [key for key in compared if known.get(key) != environment[key]]
         if differing:
             listed = ", ".join(f"{key} {known.get(key)!r}, now {environment[key]!r}" for key in differing)
             raise ValueError(

@@ -115,7 +115,7 @@ def nccl_resume(recorder: Recorder) -> None:
     recorder.claim(equal("updates of the run", updates, found["updates"], unit="updates", source=source))
     if not recorder.settings.tiny:
         recorder.claim(equal("the Trainer wraps the model in DDP", True, found["wrapped"], source="the Trainer"))
-        recorder.claim(equal("the base lies on the host", ["cpu"], found["base"], source="retain_base='cpu'"))
+        recorder.claim(equal("where the base lies", "cpu", ", ".join(found["base"]), source="retain_base='cpu'"))
     claim, source = "difference between resumed and uninterrupted, largest", "resuming is exact"
     recorder.claim(equal(claim, 0.0, found["difference"], source=source))
 

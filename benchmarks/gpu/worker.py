@@ -87,6 +87,9 @@ def measure(measurement: Measurement, results: Results, settings: Settings) -> N
 def _end_with_parent(pipe: int) -> None:
     # the runner holds the other end: where it was killed, nobody may go on writing to its file
     os.read(pipe, 1)
+    if os.getpgrp() == os.getpid():
+        # with what it has started
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
