@@ -146,3 +146,7 @@ def memory_7b_long(recorder: Recorder) -> None:
 
 def memory_13b(recorder: Recorder) -> None:
     memory(recorder, "13b", "24GiB", per_layer=True)
+
+
+def memory_7b_per_layer(recorder: Recorder) -> None:
+    memory(recorder, "7b", "16GiB", per_layer=True)

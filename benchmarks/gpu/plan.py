@@ -81,6 +81,12 @@ MEASUREMENTS = (
     ),
     Measurement("memory_7b_long", "memory:memory_7b_long", 120, "LLaMA-7B with 1,280 tokens: memory as with 256."),
     Measurement(
+        "memory_7b_per_layer",
+        "memory:memory_7b_per_layer",
+        120,
+        "LLaMA-7B with per-layer updates, 256 tokens: memory, and whether 16 GiB are enough.",
+    ),
+    Measurement(
         "learning_60m",
         "learning:learning_60m",
         420,
