@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import kit, memory
+from benchmarks.gpu import kit, memory, runner
 from benchmarks.gpu.claims import Claim, at_least, at_most, equal, within
 from benchmarks.gpu.plan import MEASUREMENTS, Measurement, affordable, by_name
 from benchmarks.gpu.report import markdown, verdicts
@@ -55,19 +55,19 @@ def state(output):
 
 def test_every_measurement_runs_from_the_carried_folder_and_is_resumed_after_a_kill(carried, tmp_path):
     output = tmp_path / "tiny.json"
-    runner, deadline = start(carried, output), time.time() + 600
+    process, deadline = start(carried, output), time.time() + 600
     # in the middle: one has ended, and another is under way
     while {DONE, RUNNING} - {row["status"] for row in state(output).values()}:
-        assert runner.poll() is None and time.time() < deadline, runner.communicate()[0][-3000:]
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0][-3000:]
         time.sleep(0.02)
-    runner.send_signal(signal.SIGKILL)
-    runner.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     before = state(output)
     assert len(before) < len(MEASUREMENTS)
 
-    runner = start(carried, output)
-    printed = runner.communicate(timeout=1200)[0]
-    assert runner.returncode == 0, printed[-3000:]
+    process = start(carried, output)
+    printed = process.communicate(timeout=1200)[0]
+    assert process.returncode == 0, printed[-3000:]
     after = state(output)
     assert list(after) == [m.name for m in MEASUREMENTS]
     assert all(row["status"] == DONE for row in after.values()), printed[-3000:]
@@ -180,6 +180,49 @@ def test_what_is_late_or_fails_is_written_down_with_what_it_had_found(tmp_path, 
     assert results.status("memory_7b") == status and error in results.data["measurements"]["memory_7b"]["error"]
     assert results.claims("memory_7b") == [Claim("found in time", 1, 1, "equal", "", "", True)]
     assert status.upper() in verdicts(results) and error in markdown(results)
+
+
+STUB = """
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.gpu.results import Results
+for name in sys.argv[3:]:
+    results = Results(Path(sys.argv[1]), sys.argv[2])
+    results.begin(name)
+    if name == "kernels":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "speed_1b":
+        time.sleep(600)
+    results.end(name, "done")
+"""
+
+
+def test_a_crash_and_a_hang_cost_one_measurement_and_are_tried_again_at_the_end(tmp_path, monkeypatch):
+    started = []
+
+    def start(output, form, names):
+        started.extend(names)
+        return subprocess.Popen(
+            [sys.executable, "-c", STUB, str(output), form, *names],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 2)
+    names = ["operations", "kernels", "speed_1b", "suite"]
+    monkeypatch.setattr(runner, "by_name", lambda _: [Measurement(name, "", 1, "") for name in names])
+    for expected in (names, ["kernels", "speed_1b"]):
+        started.clear()
+        results = runner.run(tmp_path / "results.json", tiny=False)
+        assert started == expected
+        assert [results.status(name) for name in names] == [DONE, FAILED, LATE, DONE]
+    assert "ended with code -11" in results.data["measurements"]["kernels"]["error"]
+    started.clear()
+    # no time for any
+    runner.run(tmp_path / "results.json", tiny=False, minutes=0.01)
+    assert started == []
 
 
 def test_results_of_another_form_or_machine_are_not_mixed(tmp_path):
