@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import os
+from contextlib import nullcontext
 
 import bitsandbytes as bnb
 import pytest
@@ -63,7 +64,7 @@ def drifted_model(steps=2, dtype=torch.float32, **config):
 
 
 def on_device(model):
-    """A copy on the device; the model stays on the CPU."""
+    """A copy on the device; the model itself stays where it is."""
     return copy.deepcopy(model).to(DEVICE)
 
 
@@ -131,8 +132,7 @@ def test_projection(shape, method):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_projection_is_orthonormal_and_follows_its_seed(shape):
     P, again, other = (random_projection(shape, 8, seed, DEVICE) for seed in (0, 0, 1))
-    inner = P @ P.T if shape[1] <= shape[0] else P.T @ P
-    torch.testing.assert_close(inner.cpu(), torch.eye(8), atol=1e-5, rtol=0)
+    assert relative(P @ P.T if shape[1] <= shape[0] else P.T @ P, torch.eye(8)) < 1e-5
     assert torch.equal(P, again) and not torch.equal(P, other)
 
 
@@ -179,7 +179,6 @@ def test_forward_and_gradients(config, updates):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("is_last_backward", [None, lambda: True])
 def test_a_switch(config, is_last_backward):
-    # P of the same directions on both
     model = drifted_model(**config)
     own = on_device(model)
     updates, weights = [], []
@@ -198,8 +197,7 @@ def test_a_switch(config, is_last_backward):
             assert getattr(updates[1], figure) == pytest.approx(expected, rel=0.02), figure
     for name, weight in weights[0].items():
         assert relative(weights[1][name], weight) < 0.15, name
-    for _, layer in loqt_layers(own):
-        assert layer.loqt_weight["default"].device.type == torch.device(DEVICE).type
+    assert {layer.loqt_weight["default"].device.type for _, layer in loqt_layers(own)} == {DEVICE}
 
 
 @pytest.mark.parametrize("config", CONFIGS[:4])
@@ -231,8 +229,7 @@ def test_disabling_the_adapter_gives_the_base_back():
         model.begin_step(step)
         model(input_ids=tokens, labels=tokens).loss.backward()
         model.end_step()
-    changed = model(input_ids=tokens).logits
-    assert not torch.equal(changed, before)
+    assert not torch.equal(model(input_ids=tokens).logits, before)
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(input_ids=tokens).logits, before, **CLOSE)
     torch.testing.assert_close(model.unload()(input_ids=tokens).logits, before, rtol=0, atol=0)
@@ -303,7 +300,7 @@ def leave_in_pinned_memory(model, value):
     if on_cuda:
         shapes = [layer.shape for _, layer in loqt_layers(model)]
         old = [torch.full(shape, value, pin_memory=True) for shape in shapes]
-        assert all(tensor.is_pinned() for tensor in old)
+        assert all(map(torch.Tensor.is_pinned, old))
 
 
 def late_update(factor, late, left, **config):
@@ -319,8 +316,7 @@ def late_update(factor, late, left, **config):
     synchronize()
     leave_in_pinned_memory(model, left)
     if on_cuda and late:
-        # about half a second
-        torch.cuda._sleep(10**9)
+        torch.cuda._sleep(10**9)  # cycles: about half a second
     loss.backward()
     return model, model.end_step()
 
@@ -363,13 +359,10 @@ def test_fp16_with_a_skipped_step(is_last_backward):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update(2.0**10)
-        if step == 2:
-            with pytest.warns(UserWarning, match="the update is postponed"):
-                updates.append(model.end_step(optimizer))
-            for name, layer in loqt_layers(model):
-                assert torch.equal(layer.effective_weight("default"), before[name]), name
-        else:
+        with pytest.warns(UserWarning, match="the update is postponed") if step == 2 else nullcontext():
             updates.append(model.end_step(optimizer))
+        if step == 2:
+            assert all(torch.equal(layer.effective_weight("default"), before[n]) for n, layer in loqt_layers(model))
         optimizer.zero_grad()
     assert updates[0] is None and updates[1].num_updates == 3
     assert 0 < updates[1].gradient_energy <= 1

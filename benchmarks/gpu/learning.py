@@ -21,7 +21,7 @@ from .settings import Settings, endless
 
 LOQT_RATE, FULL_RATES = 0.01, (0.001, 0.003)
 # of a text that is small; more of them teach it by heart
-EPOCHS, MOST_STEPS = 16, 400
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 16, 10, 400
 # of a perplexity after a short run with one seed
 SPREAD = 0.05
 
@@ -120,6 +120,8 @@ def learning_60m(recorder: Recorder) -> None:
     # 512 sequences of 256 tokens: the paper's 131,072 a step
     steps = min(MOST_STEPS, EPOCHS * len(data["training"]) // 512)
     protocol = settings.pick(Protocol(steps, 512, 128, 10), Protocol(10, 8, 4, 2))
+    if protocol.steps < FEWEST_STEPS:
+        raise ValueError(f"{len(data['training'])} blocks make {protocol.steps} steps, and {FEWEST_STEPS} are needed.")
     # gaps as short as the run is; exact singular vectors may take minutes an update on CUDA
     changes = {
         "update_interval": max(protocol.steps // 6, 1),
