@@ -19,10 +19,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loqt_peft.compensation import compensate
-from loqt_peft.projection import captured_energy, project, random_projection, squared_norm
-from loqt_peft.quantization import DenseFormat, FourBitFormat
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm.compensation import compensate
+from loqt_peft.algorithm.projection import captured_energy, project, random_projection, squared_norm
+from loqt_peft.algorithm.quantization import DenseFormat, FourBitFormat
+from loqt_peft.layers.find import loqt_layers
 
 
 DEVICE = os.environ.get("LOQT_TEST_DEVICE", "cuda")

@@ -31,8 +31,7 @@ OF_MOVED_MODULES = {
     "schedule": "INTERVAL_SCHEDULES UpdateSchedule staggered_offsets",
     "simulation": "DEVICE FEW_LAYERS HOST Peak Run StorageCounter aten build_model measure_on_cpu simulate with_layers",
     "target_modules": "TARGET_MODULES_MAPPING",
-    "update": "FIRST_MOMENTS LoQTUpdate MOMENT_BLOCKSIZE active_layers begin_step cancel_step end_step "
-    "loqt_layers",
+    "update": "FIRST_MOMENTS LoQTUpdate MOMENT_BLOCKSIZE active_layers begin_step cancel_step end_step loqt_layers",
 }
 # and of those that are still there
 OF_OTHER_MODULES = {

@@ -21,7 +21,7 @@ from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
 from loqt_peft.algorithm import switch
 from loqt_peft.layers import stopwatch
 from loqt_peft.layers.capture import GradientCapture
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.layers.linear import Linear
 from loqt_peft.training import performance
 

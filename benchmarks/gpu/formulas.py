@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loqt_peft.closed_form import Linear
-from loqt_peft.projection import sketch_width
+from loqt_peft.algorithm.projection import sketch_width
+from loqt_peft.memory.shape import Linear
 
 
 def product_of_basis(smaller: int, r: int) -> int:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from loqt_peft.compensation import compensate
-from loqt_peft.projection import captured_energy, project, projection_shape, sketch_width, squared_norm
-from loqt_peft.quantization import FourBitFormat
+from loqt_peft.algorithm.compensation import compensate
+from loqt_peft.algorithm.projection import captured_energy, project, projection_shape, sketch_width, squared_norm
+from loqt_peft.algorithm.quantization import FourBitFormat
 
 from . import formulas
 from .claims import at_most, within

@@ -10,7 +10,7 @@ import torch
 
 from loqt_peft import estimate_memory
 from loqt_peft.memory import CONTEXT_BYTES, FRAGMENTATION, MemoryEstimate, required_bytes
-from loqt_peft.simulation import StorageCounter
+from loqt_peft.memory.counter import StorageCounter
 
 from .claims import at_most, equal, within
 from .results import Recorder

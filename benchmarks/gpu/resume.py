@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 from .claims import equal
 from .results import Recorder

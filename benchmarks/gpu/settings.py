@@ -7,9 +7,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -21,8 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 # the only import from outside of this folder
 from benchmarks.common import bpe_blocks, versions
 from loqt_peft import LoQTConfig
-from loqt_peft.closed_form import MemoryOptions
-from loqt_peft.optim import per_layer
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.training.per_layer import per_layer
 
 
 __all__ = [
@@ -246,10 +248,10 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: to
 
 @contextmanager
 def timed_calls(
-    objects: Iterable[object], method: str, settings: Settings, seconds: dict[str, float]
+    modules: Iterable[ModuleType], name: str, settings: Settings, seconds: dict[str, float]
 ) -> Iterator[None]:
-    """Add up under its name in `seconds` what a method of many objects takes, the device's work included."""
-    objects = list(objects)
+    """Add up under its name in `seconds` what a function takes that some modules call, the device's work included."""
+    modules = [module for module in modules if hasattr(module, name)]
 
     def timed(call):
         def wrapped(*args, **kwargs):
@@ -259,17 +261,14 @@ def timed_calls(
                 return call(*args, **kwargs)
             finally:
                 settings.synchronize()
-                seconds[method] = seconds.get(method, 0.0) + time.perf_counter() - start
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
         return wrapped
 
-    for instance in objects:
-        setattr(instance, method, timed(getattr(instance, method)))
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name))))
         yield
-    finally:
-        for instance in objects:
-            delattr(instance, method)
 
 
 def endless(tokens: torch.Tensor, batch: int, seed: int = 0) -> Iterator[torch.Tensor]:

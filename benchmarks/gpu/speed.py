@@ -6,8 +6,9 @@ import gc
 
 import torch
 
-from loqt_peft.closed_form import MemoryOptions, ModelShape
 from loqt_peft.config import PAPER
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.memory.shape import ModelShape
 
 from . import formulas
 from .claims import at_least, at_most

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 
 import torch
 
-from loqt_peft.closed_form import MemoryOptions
-from loqt_peft.projection import sketch_width
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm.projection import sketch_width
+from loqt_peft.layers.find import loqt_layers
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.training import distributed, update
 
 from . import formulas
 from .claims import at_least, at_most
@@ -18,7 +19,7 @@ from .results import Recorder
 from .settings import Settings, build_model, make_optimizer, micro_batch, seconds_of, timed_calls, training_step
 
 
-# what takes part in an update, by the layer's methods
+# what takes part in an update, by function
 PARTS = {"project_gradient": "projection", "compute_switch": "merge and compensation", "write_switch": "write back"}
 INTERVAL = 2
 # passes over memory, copies and launches come on top of products and decompositions
@@ -84,7 +85,7 @@ def update_parts(recorder: Recorder) -> None:
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         for method in PARTS:
-            stack.enter_context(timed_calls(layers, method, settings, seconds))
+            stack.enter_context(timed_calls((update, distributed), method, settings, seconds))
         split = seconds_of_step(INTERVAL) - ordinary
     recorder.figure("the same, with a wait around each part, seconds", split)
     recorder.figure("of it, seconds", {PARTS[method]: seconds[method] for method in PARTS})

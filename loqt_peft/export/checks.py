@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..choices import EXPORT_FORMATS
 from ..compat import kept_in_float32
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 
 
 # by these files a folder is taken for a model; left beside a new one, some would be loaded in its place
