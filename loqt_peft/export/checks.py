@@ -86,7 +86,7 @@ def active_adapter(tuner: BaseTuner) -> str:
         raise ValueError(f"One adapter must be active for an export, and these are: {adapters}. Use `set_adapter`.")
     layers = [layer for _, layer in loqt_layers(tuner.model)]
     for layer in layers:
-        layer.verify()
+        layer.verify(adapters[0])
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged into the base weights. Call `unmerge_adapter` before an export.")
     if any(layer.disable_adapters for layer in layers):
