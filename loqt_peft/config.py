@@ -12,10 +12,13 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ._moved import moved_names
 from .algorithm.schedule import UpdateSchedule
 from .config_checks import check_fields
 from .saving.seal import FORMAT_VERSION
 
+
+__getattr__ = moved_names(__name__)
 
 # rank, scale and compensation steps by model size
 PAPER = {
