@@ -84,7 +84,7 @@ def register() -> None:
 
 def _is_command_line() -> bool:
     # `python -m loqt_peft` imports this package while it looks for `__main__`, and says so by this name of the program
-    return Path(sys.argv[0] if sys.argv else "").stem in ("-m", "loqt")
+    return Path(sys.argv[0] if sys.argv else "").name in ("-m", "loqt", "loqt.exe")
 
 
 forward_moved_modules()
