@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig
 
 from .choices import (
     INTERVAL_SCHEDULES,
@@ -15,11 +17,7 @@ from .choices import (
 from .saving.seal import FORMAT_VERSION, newer_version
 
 
-if TYPE_CHECKING:
-    from .config import LoQTConfig
-
-
-def check_fields(config: LoQTConfig) -> None:
+def check_fields(config: PeftConfig) -> None:
     """Refuse a config with a field that is not allowed.
 
     Args:
@@ -37,16 +35,16 @@ def check_fields(config: LoQTConfig) -> None:
     _check_saved(config)
 
 
-def _check(config: LoQTConfig, name: str, allowed: bool, what: str) -> None:
+def _check(config: PeftConfig, name: str, allowed: bool, what: str) -> None:
     if not allowed:
         raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {what}.")
 
 
-def _check_choice(config: LoQTConfig, name: str, choices: tuple) -> None:
+def _check_choice(config: PeftConfig, name: str, choices: tuple) -> None:
     _check(config, name, getattr(config, name) in choices, "one of " + ", ".join(map(repr, choices)))
 
 
-def _check_at_least(config: LoQTConfig, name: str, smallest: int) -> None:
+def _check_at_least(config: PeftConfig, name: str, smallest: int) -> None:
     value = getattr(config, name)
     _check(config, name, _is_int(value) and value >= smallest, f"an integer of at least {smallest}")
 
@@ -59,7 +57,7 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and abs(value) < float("inf")
 
 
-def _check_ranks_and_scales(config: LoQTConfig) -> None:
+def _check_ranks_and_scales(config: PeftConfig) -> None:
     _check_at_least(config, "r", 1)
     alpha = config.loqt_alpha
     _check(config, "loqt_alpha", alpha == "auto" or (_is_number(alpha) and alpha > 0), "a positive number, or 'auto'")
@@ -78,7 +76,7 @@ def _check_ranks_and_scales(config: LoQTConfig) -> None:
     )
 
 
-def _check_layer_choice(config: LoQTConfig) -> None:
+def _check_layer_choice(config: PeftConfig) -> None:
     for name in ("layers_to_transform", "layers_pattern"):
         _check(
             config,
@@ -94,7 +92,7 @@ def _check_layer_choice(config: LoQTConfig) -> None:
     )
 
 
-def _check_storage(config: LoQTConfig) -> None:
+def _check_storage(config: PeftConfig) -> None:
     _check_choice(config, "quantize_weight", (*QUANT_TYPES, None))
     _check_choice(config, "quantize_projection", (*QUANT_TYPES, None))
     for name in ("double_quant", "error_feedback", "init_weights"):
@@ -107,7 +105,7 @@ def _check_storage(config: LoQTConfig) -> None:
     )
 
 
-def _check_updates(config: LoQTConfig) -> None:
+def _check_updates(config: PeftConfig) -> None:
     _check_choice(config, "update_mode", UPDATE_MODES)
     offload = config.offload_gradients
     _check(config, "offload_gradients", offload is None or isinstance(offload, bool), "True, False or None")
@@ -128,7 +126,7 @@ def _check_updates(config: LoQTConfig) -> None:
     _check_choice(config, "optimizer_state", OPTIMIZER_STATES)
 
 
-def _check_full_rank_modules(config: LoQTConfig) -> None:
+def _check_full_rank_modules(config: PeftConfig) -> None:
     names = config.full_rank_modules
     _check(
         config,
@@ -144,7 +142,7 @@ def _check_full_rank_modules(config: LoQTConfig) -> None:
     )
 
 
-def _check_saved(config: LoQTConfig) -> None:
+def _check_saved(config: PeftConfig) -> None:
     _check_at_least(config, "num_updates", 0)
     if config.format_version is not None:
         _check_at_least(config, "format_version", 1)
