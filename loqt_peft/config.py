@@ -15,6 +15,7 @@ from peft.utils import PeftType
 from ._moved import moved_names
 from .algorithm.schedule import UpdateSchedule
 from .config_checks import check_fields
+from .findings import LoQTWarning
 from .saving.seal import FORMAT_VERSION
 
 
@@ -220,6 +221,7 @@ class LoQTConfig(PeftConfig):
                 "lora_alpha is. The paper uses 0.25 to 0.5 in pretraining and 2 on GLUE; loqt_alpha='auto' follows rank and "
                 "width.",
                 # past __post_init__, the dataclass and what names the fields
+                LoQTWarning,
                 stacklevel=5,
             )
 

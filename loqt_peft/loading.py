@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LoQTConfig
-from .findings import Finding, report
+from .findings import Finding, LoQTWarning, report
 from .layers.find import loqt_layers
 from .layers.full_rank import names_outside_layers
 from .layers.layer import LoQTLayer
@@ -69,7 +69,7 @@ def verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: 
         base_is_needed=_uses_base(model, adapter_name, set(names.values())),
     )
     if warning:
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, LoQTWarning, stacklevel=2)
 
 
 def make_room(
