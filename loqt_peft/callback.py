@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ._moved import moved_names
-from .findings import report
+from .findings import report_once
 from .health import trainer_findings
 from .layers.find import active_layers
 from .layers.weight_shares import weight_shares
@@ -57,7 +57,7 @@ class LoQTTrainerCallback(PerformanceCallback):
         **kwargs,
     ):
         handler = callback_handler()
-        report(trainer_findings(model, args, optimizer, [] if handler is None else handler.callbacks))
+        report_once(model, trainer_findings(model, args, optimizer, [] if handler is None else handler.callbacks))
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.is_world_process_zero:
             print(self._summary(model, state), flush=True)

@@ -7,7 +7,7 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
-from common import load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from common import load_llama, loqt_config, make_trainer, single_linear, tiny_llama, token_batch, train_steps
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -218,6 +218,15 @@ def test_dropped_base_is_dropped_and_refuses(base_dir, tmp_path):
     assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("base", ["4bit", "4bit-double"])
+def test_of_a_dropped_4bit_weight_nothing_is_held(base_dir, base):
+    model = get_peft_model(load_llama(base_dir, base), loqt_config(retain_base="drop"))
+    train_steps(model, 1)
+    for _, layer in loqt_layers(model):
+        weight = layer.get_base_layer().weight
+        assert weight.numel() == weight.quant_state.absmax.numel() == 0
+
+
 def test_full_rank_modules_refuse_what_needs_the_original(base_dir):
     model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(full_rank_modules="all"))
     for refused in (model.disable_adapter_layers, model.unload, lambda: model.delete_adapter("default")):
@@ -286,6 +295,24 @@ def test_several_adapters_are_changes_of_the_same_base(base_dir):
     model.unmerge_adapter()
     model.set_adapter("second")
     assert torch.equal(logits(model), second)
+
+
+def test_adapters_merged_one_after_the_other():
+    W = torch.randn(8, 6)
+    model, layer = single_linear(W, init_weights=False)
+    model.add_adapter("second", loqt_config(target_modules=["0"], task_type=None, init_weights=False))
+    names = ["default", "second"]
+    deltas = [layer.get_delta_weight(name) for name in names]
+    effective = [layer.effective_weight(name) for name in names]
+    code, sample = layer.base_sample()
+    for name in names:
+        layer.merge(adapter_names=[name])
+        # what is asked of the original is answered of the original
+        assert all(torch.equal(layer.effective_weight(n), e) for n, e in zip(names, effective, strict=True))
+        assert layer.base_sample()[0] == code and torch.equal(layer.base_sample()[1], sample)
+    assert torch.allclose(layer.base_layer.weight, W + sum(deltas), atol=1e-6)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, W)
 
 
 def test_only_one_adapter_trains_at_a_time(base_dir):

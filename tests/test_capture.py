@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
-from common import loqt_config, tiny_llama, token_batch, train_steps
+from common import loqt_config, single_linear, tiny_llama, token_batch, train_steps
 from peft import get_peft_model
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from loqt_peft.layers import gradient_offload
+from loqt_peft.layers.capture import GradientCapture
 from loqt_peft.layers.find import loqt_layers
 from loqt_peft.layers.gradient_offload import HostCopy
 
@@ -219,6 +220,62 @@ def test_a_forward_pass_without_a_backward_pass_keeps_the_gradient_to_the_end():
     assert model.end_step().num_updates == 1
 
 
+def test_an_unfinished_step_does_not_keep_the_gradients_of_the_next():
+    model = get_peft_model(tiny_llama(), loqt_config())
+    model.train()
+    tokens = token_batch()
+    model.begin_step(0, lambda: True)
+    # its backward pass never comes
+    model(input_ids=tokens)
+    model.begin_step(0, lambda: True)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(layer.capture.gradient is None for _, layer in loqt_layers(model))
+    assert model.end_step().num_updates == 1
+
+
+def test_another_adapter_is_no_part_of_the_update():
+    model, layer = single_linear(torch.randn(8, 6))
+    model.add_adapter("other", loqt_config(target_modules=["0"], task_type=None, init_weights=False))
+    x, target = torch.randn(4, 6), torch.randn(4, 8)
+
+    def gradient(with_other, is_last_backward=None):
+        model.train().begin_step(0, is_last_backward)
+        if with_other:
+            # as that of a reference model
+            layer.set_adapter(["other"])
+            model(x).square().mean().backward()
+            layer.set_adapter(["default"])
+        (model(x) - target).square().mean().backward()
+        return layer.capture.gradient
+
+    assert torch.equal(gradient(True), gradient(False))
+    # nor does P wait for it
+    assert gradient(True, lambda: True) is None
+    assert model.end_step().num_updates == 1
+
+
+def test_copies_of_a_compiled_model_record_for_themselves():
+    captures = [GradientCapture()]
+    captures.append(copy.deepcopy(captures[0]))
+    gradients = [torch.randn(4, 8), torch.randn(4, 8)]
+    x = torch.randn(4, 6)
+    for capture in captures:
+        capture.start("default", lambda gradient: None)
+    for capture, gradient in zip(captures, gradients, strict=True):
+        torch.ops.loqt_peft.record_gradient(gradient, x, capture._token, capture._number)
+    for capture, gradient in zip(captures, gradients, strict=True):
+        assert torch.equal(capture.gradient, gradient.T @ x)
+
+
+def test_what_nobody_counted_is_kept_to_the_end():
+    # a compiled module may run several times, and its calls are not counted
+    capture = GradientCapture()
+    capture.start("default", lambda gradient: None, is_last_backward=lambda: True)
+    for _ in range(2):
+        capture.add(torch.ones(2, 3))
+    assert capture.gradient.tolist() == [[2.0] * 3] * 2
+
+
 def test_staggered_update_takes_one_block_at_a_time():
     model = get_peft_model(tiny_llama(num_hidden_layers=3), loqt_config(update_mode="stagger", update_interval=7))
     model.train()
@@ -312,6 +369,9 @@ def test_non_finite_gradient_postpones_the_update_and_changes_nothing(is_last_ba
     with pytest.warns(UserWarning, match="postponed"):
         assert model.end_step() is None
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    # what was captured is no use any more
+    for _, layer in loqt_layers(model):
+        assert layer.capture.adapter_name is None and layer.capture.stop() == (None, None)
     model.zero_grad()
     # still pending, and said once only
     assert model.begin_step(11, is_last_backward)
@@ -437,6 +497,25 @@ def test_a_gradient_that_is_not_finite_is_noticed_before_it_arrives_on_the_host(
     assert "host" not in late_copies
 
 
+def test_a_gradient_that_stays_on_the_device_is_checked_as_it_is():
+    model = get_peft_model(tiny_llama(), loqt_config(update_mode="whole", offload_gradients=True)).train()
+    model.begin_step(0)
+    model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    # a backward pass seems to follow, so that the sum is not sent to the host
+    with torch.no_grad():
+        model(input_ids=token_batch())
+    (model(input_ids=token_batch(1), labels=token_batch(1)).loss * float("inf")).backward()
+    with pytest.warns(UserWarning, match="14 of 14 LoQT layers is not finite"):
+        assert model.end_step() is None
+
+
+def test_memory_of_a_copy_is_used_again_once_that_has_arrived(late_copies):
+    first = HostCopy(torch.ones(2))
+    again = HostCopy(torch.full((2,), 2.0), first)
+    assert late_copies == ["device"]
+    assert again.for_host().tolist() == [2, 2]
+
+
 def test_who_looks_at_a_captured_gradient_waits_for_it(late_copies):
     model = get_peft_model(tiny_llama(), loqt_config(update_mode="whole", offload_gradients=True)).train()
     model.begin_step(0)
@@ -461,14 +540,15 @@ def test_pinned_memory_is_bounded_and_used_again(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", allocate)
     monkeypatch.setattr(gradient_offload, "_start_copy", LateCopy)
-    monkeypatch.setattr(gradient_offload, "PINNED_BYTES", 4096)
-    # 1,200 bytes, for which torch takes 2,048
+    monkeypatch.setattr(gradient_offload, "PINNED_BYTES", 2 * 2048 + 1200)
+    # 1,200 bytes, for which torch takes 2,048: there is room for two of them
     tensor = torch.ones(300).as_subclass(OnDevice)
     copies = [HostCopy(tensor) for _ in range(3)]
     assert pinned == [True, True, False]
     again = HostCopy(tensor, copies[0])
     assert again.for_host().data_ptr() == copies[0].for_host().data_ptr() and len(pinned) == 3
     # the memory counts once, and as long as somebody holds it
+    assert sum(copy.pinned_bytes for copy in (*copies, again)) == 4096
     del copies
     first, second = HostCopy(tensor), HostCopy(tensor)
     assert pinned[3:] == [True, False]

@@ -28,12 +28,13 @@ from peft import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.trainer_utils import get_last_checkpoint as newest_checkpoint
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
 from loqt_peft.layers.find import loqt_layers
-from loqt_peft.saving.base_name import base_name_findings
+from loqt_peft.saving.base_name import base_name_findings, report_base_name
 from loqt_peft.saving.seal import FORMAT_VERSION, SEAL_SIZE, Seal, checksum
 from loqt_peft.training.update import begin_step, end_step
 
@@ -299,6 +300,9 @@ def test_what_a_complete_checkpoint_holds(tmp_path, caplog):
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     save_file({"x": torch.zeros(1)}, last / "model-00001-of-00001.safetensors")
     assert get_last_checkpoint(tmp_path) == str(last)
+    # 10 comes after 2
+    last.rename(tmp_path / "checkpoint-10")
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 ###############################
@@ -508,6 +512,14 @@ def test_a_base_that_exists_nowhere(tmp_path, full_rank_modules):
     assert [finding.code for finding in base_name_findings(model)] == ["base_without_name"]
 
 
+def test_each_of_several_bases_is_warned_of_once():
+    models = [get_peft_model(small_llama(), loqt_config()) for _ in range(2)]
+    for module in (models[0], nn.ModuleList(models)):
+        with pytest.warns(UserWarning, match="cannot be found again") as found:
+            report_base_name(module)
+        assert len(found) == 1
+
+
 def test_adapter_for_another_base_that_replaces_all_of_it_is_loaded(tmp_path):
     # a run that began with random weights nobody kept must still resume
     model = get_peft_model(small_llama(), loqt_config(full_rank_modules="all"))
@@ -595,10 +607,50 @@ def test_seal_survives_its_tensor():
 def test_seals_are_zero_but_in_a_saved_adapter(base_dir, adapter_dir):
     model = PeftModel.from_pretrained(load_llama(base_dir, "dense"), adapter_dir)
     assert all(not layer.loqt_seal["default"].any() for _, layer in loqt_layers(model))
+    # what was verified while it was loaded waits for nothing
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(layer.verifications for _, layer in loqt_layers(model))
     saved = get_peft_model_state_dict(model)
     assert all(v.any() for k, v in saved.items() if "loqt_seal" in k)
     set_peft_model_state_dict(model, saved)
     model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_a_loader_that_drops_layers_is_noticed(base_dir, adapter_dir, tmp_path):
+    shutil.copytree(adapter_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = load_llama(base_dir, "dense")
+    # transformers loads what there is a place for
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="does not target: all layers of the adapter"):
+        model(input_ids=token_batch())
+
+
+def test_an_adapter_that_was_rounded_is_not_taken_for_a_damaged_one(base_dir, adapter_dir, tmp_path):
+    shutil.copytree(adapter_dir, tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    rounded = {key: tensor.bfloat16() if key.endswith("loqt_B") else tensor for key, tensor in state.items()}
+    save_file(rounded, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"Saved in another dtype than torch.bfloat16: .*loqt_B") as error:
+        PeftModel.from_pretrained(load_llama(base_dir, "dense"), tmp_path)
+    assert "checksum" not in str(error.value)
+
+
+def test_number_of_updates_is_that_of_the_layers_that_are_ahead(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        load_llama(tmp_path / "base", "dense"), loqt_config(update_interval=4, update_mode="stagger")
+    )
+    train_steps(model, 5)
+    assert [layer.num_updates("default") for _, layer in loqt_layers(model)] == [2] * 7 + [1] * 7
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["num_updates"] == 2
+    loaded = PeftModel.from_pretrained(load_llama(tmp_path / "base", "dense"), tmp_path / "adapter")
+    assert loaded.peft_config["default"].num_updates == 2
 
 
 def test_adapter_of_format_1_is_still_read():

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loqt_peft.algorithm.quantization import on_device, storage_format
 from loqt_peft.layers import base_weight
 from loqt_peft.layers.find import loqt_layers
+from loqt_peft.training.figures import figures_of
 
 
 class Transfers(TorchDispatchMode):
@@ -118,3 +119,36 @@ def test_the_state_of_an_update_is_written_element_by_element():
     assert layer.num_updates("default") == 3 and layer.update_pending("default")
     layer.loqt_state["default"].copy_(torch.tensor([5, 0]))
     assert layer.num_updates("default") == 5 and not layer.update_pending("default")
+
+
+def test_a_state_that_takes_the_place_of_another_is_read():
+    # as a loader that assigns does it
+    layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
+    for values in ([0, 0], [3, 1]):
+        layer.loqt_state["default"] = torch.tensor(values)
+        assert [layer.num_updates("default"), layer.update_pending("default")] == values
+
+
+def test_a_base_that_was_merged_goes_back_to_the_host_at_once(monkeypatch):
+    model = get_peft_model(tiny_llama(), loqt_config(retain_base="cpu"))
+    train_steps(model, 1)
+    layer = next(layer for _, layer in loqt_layers(model))
+    layer.merge()
+    layer.loqt_weight["default"] = layer.loqt_weight["default"].to("meta")
+    moved = []
+    monkeypatch.setattr(layer.base, "move", moved.append)
+    layer.unmerge()
+    assert moved == [torch.device("cpu")]
+
+
+class Took:
+    """Stands in for a stretch of a device's time."""
+
+    def __init__(self, seconds):
+        self.seconds = lambda: seconds
+
+
+def test_an_update_takes_as_long_as_its_slowest_device():
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    work = [(first, Took(1.0)), (second, Took(2.0)), (first, Took(1.5))]
+    assert figures_of([[1.0] * 6], 1, True, work).seconds == 2.5

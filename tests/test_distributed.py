@@ -109,6 +109,20 @@ def test_processes_work_on_layers_at_the_same_time(monkeypatch, rank, projection
     assert processes.log == group * 3 + last
 
 
+def test_a_layer_that_is_broken_on_several_processes_counts_once(monkeypatch):
+    class Equals(Processes):
+        """The other process has the same values."""
+
+        def all_reduce(self, tensor, op):
+            tensor.copy_(torch.stack([tensor, tensor]).sum(0) if op == dist.ReduceOp.SUM else tensor)
+
+    model = get_peft_model(tiny_llama(num_hidden_layers=1), loqt_config()).train()
+    model.begin_step(0)
+    (model(input_ids=token_batch(), labels=token_batch()).loss * float("inf")).backward()
+    monkeypatch.setattr(distributed, "dist", Equals(0))
+    assert distributed.not_finite(list(loqt_layers(model)), "default") == 7
+
+
 @pytest.fixture
 def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

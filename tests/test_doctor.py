@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.cli.main import main
-from loqt_peft.health import Health
+from loqt_peft.health import Health, run_findings
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,10 @@ def test_a_truncated_adapter(capsys, healthy, tmp_path):
     (tmp_path / "adapter_config.json").write_text((healthy / "adapter_config.json").read_text())
     _, found = doctor(capsys, tmp_path)
     assert codes(found) == ["not_loaded"]
+    # other commands say so in one line
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--to", "dense"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 def test_another_base(capsys, healthy, tmp_path):
@@ -149,3 +153,18 @@ def test_a_live_model_and_its_optimizer():
     model.base_model.model.model.layers[0].mlp.up_proj.config["default"].optimizer_state = "rotate"
     assert [finding.code for finding in Health.of(model, optimizer).findings] == ["centered_moment"]
     assert [finding.code for finding in Health.of(tiny_llama()).findings] == ["no_loqt_layers"]
+
+
+def test_the_newest_state_of_a_run_and_its_last_figures_count(tmp_path):
+    def write(step, *ratios):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        logs = [{"loqt/updates": i + 1, "loqt/change_to_error": ratio} for i, ratio in enumerate(ratios)]
+        state = {"global_step": step, "log_history": logs}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+
+    write(4, 2.0)
+    assert run_findings(tmp_path) == []
+    write(8, 2.0, 0.5)
+    assert [finding.code for finding in run_findings(tmp_path)] == ["change_lost_in_quantization"]
+    write(12, 2.0, 0.5, 1.5)
+    assert run_findings(tmp_path) == []

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -35,7 +36,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from loqt_peft import LoQTConfig
 from loqt_peft.algorithm.quantization import FourBitFormat
+from loqt_peft.cli import adapter as cli_adapter
 from loqt_peft.cli.adapter import base_class, load_base
 from loqt_peft.cli.main import main
 from loqt_peft.export import conversion
@@ -719,3 +722,25 @@ def test_a_head_of_several_layers_is_exported(tmp_path, to):
         expected = exact(model.base_model.model)(tokens).logits
         loaded = exact(AutoModelForSequenceClassification.from_pretrained(tmp_path)).eval()
         assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_a_revision_is_asked_for_only_of_what_it_is_of(monkeypatch, tmp_path):
+    asked = []
+
+    def from_pretrained(name, **kwargs):
+        asked.append((name, kwargs.get("revision")))
+        if name == "adapter":
+            raise OSError("no tokenizer")
+        return types.SimpleNamespace(save_pretrained=lambda folder: None)
+
+    # the adapter's own is none of the base's
+    monkeypatch.setattr(cli_adapter.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert cli_adapter.copy_tokenizer(tmp_path, "adapter", "base", revision="v2") == "base"
+    assert asked == [("adapter", "v2"), ("base", None)]
+    # and the base's is none of another base
+    asked.clear()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    config = LoQTConfig(task_type="CAUSAL_LM", base_model_name_or_path="base", revision="v1")
+    for name in ("base", "other"):
+        cli_adapter.load_base(config, name)
+    assert asked == [("base", "v1"), ("other", None)]

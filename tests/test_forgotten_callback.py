@@ -257,6 +257,18 @@ def test_one_backward_pass_before_training(silence):
     train_steps(model, 2)
 
 
+def test_forward_passes_after_training(silence):
+    model = loqt_model()
+    model.train()
+    backward(model)
+    model.zero_grad()
+    train_steps(model, 1)
+    # training has ended; what came before it has been answered
+    model.cancel_step()
+    model.train()
+    model(input_ids=token_batch())
+
+
 @pytest.mark.parametrize(
     "name, checkpointing", [("deberta", None), ("deberta", False), ("deberta", True), ("albert", None)]
 )
@@ -293,6 +305,20 @@ def test_random_adapter_is_an_ordinary_one(silence, tmp_path):
     model.train()
     for _ in range(3):
         backward(model)
+    model.save_pretrained(tmp_path)
+
+
+def test_random_adapter_may_begin_at_any_step(silence):
+    train_steps(loqt_model(init_weights=False), 1, start=3)
+
+
+@pytest.mark.filterwarnings("ignore:The gradient of 7 of 7 LoQT layers is not finite")
+def test_first_update_that_waits_is_not_taken_for_a_missing_one(silence, tmp_path):
+    model = loqt_model()
+    model.train()
+    model.begin_step(0)
+    (model(input_ids=token_batch(), labels=token_batch()).loss * float("inf")).backward()
+    assert model.end_step() is None
     model.save_pretrained(tmp_path)
 
 

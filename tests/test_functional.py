@@ -1,6 +1,7 @@
 """The forward and backward pass of a layer, against matrices that are written out."""
 
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -286,6 +287,16 @@ def test_neighbours_keep_their_input_once(layout, dtype):
     with torch.no_grad():
         x.add_(1)
     assert torch.equal(model(x), model(x.clone()))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_input_lives_no_longer_than_its_layers_need_it(shape, dtype):
+    x = torch.randn(shape)
+    rows = functional._as_rows(x, dtype, keep=True)
+    alive = weakref.ref(x)
+    del x, rows
+    assert alive() is None
 
 
 ###############################

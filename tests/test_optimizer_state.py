@@ -7,7 +7,7 @@ import optimi
 import pytest
 import schedulefree
 import torch
-from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
+from common import TokenDataset, loqt_config, make_trainer, single_linear, tiny_llama, token_batch
 from grokadamw import GrokAdamW
 from peft import get_peft_model
 from torchao.optim import AdamW8bit
@@ -257,6 +257,21 @@ def test_unknown_state_is_named_once():
     with pytest.warns(UserWarning, match="SlowWeights keeps 'anchor' of B, in the shape of B.*'reset'") as recorded:
         train(model, optimizer)
     assert sum("SlowWeights" in str(warning.message) for warning in recorded) == 1
+    # who asks is told, as often as he asks
+    for _ in range(2):
+        found = optimizer_findings(list(loqt_layers(model)), "default", optimizer)
+        assert [finding.code for finding in found] == ["unknown_optimizer_state"]
+
+
+def test_the_step_of_an_optimizer_is_no_state_of_a_b_of_one_element():
+    model, layer = single_linear(torch.ones(1, 1), r=1, optimizer_state="keep")
+    optimizer = torch.optim.AdamW(layer.loqt_B.parameters())
+    for step in range(2):
+        model.begin_step(step)
+        model(torch.ones(3, 1)).sum().backward()
+        optimizer.step()
+        assert optimizer_findings(list(loqt_layers(model)), "default", optimizer) == []
+        model.end_step(optimizer)
 
 
 @pytest.mark.parametrize("optimizer_state", ["reset", "rotate"])

@@ -297,6 +297,12 @@ def test_linear_layers_of_their_own_kind_are_passed_over_or_refused(kind):
         assert torch.equal(model.base_model.model[0](x), own)
 
 
+def test_advice_spares_a_module_of_the_same_name():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "x": nn.ModuleDict({"a": Scaled(8, 8)})})
+    assert refused(model, ["a"], "'x.a' is a Scaled").endswith("exclude_modules=['x.a'].")
+    assert names_of(wrap(model, ["a"], exclude_modules=["x.a"])) == {"base_model.model.a"}
+
+
 def test_layers_with_another_adapter_are_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"])).base_model.model
     refused(model, ["0"], "carries an adapter of another kind")
@@ -400,6 +406,13 @@ def test_hooks_that_only_align_devices_are_none_of_our_concern():
     with torch.no_grad():
         expected = model(tokens).logits
         assert torch.allclose(model.merge_and_unload()(tokens).logits, expected, atol=1e-5)
+
+
+def test_a_module_is_not_offloaded_with_a_parameter_of_a_module_around_it():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 8))})
+    model["a"].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    add_hook_to_module(model["a"], AlignDevicesHook(execution_device="cpu", offload=True))
+    assert names_of(wrap(model, ["a.0"])) == {"base_model.model.a.0"}
 
 
 def test_everything_that_is_wrong_is_said_at_once():

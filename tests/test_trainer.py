@@ -19,6 +19,7 @@ from transformers.training_args import ParallelMode
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
 from loqt_peft.algorithm import switch
+from loqt_peft.health import trainer_findings
 from loqt_peft.layers import stopwatch
 from loqt_peft.layers.capture import GradientCapture
 from loqt_peft.layers.find import loqt_layers
@@ -487,6 +488,8 @@ def test_sharded_training_is_refused(monkeypatch, distributed_type):
 
 def test_auto_find_batch_size_is_refused_after_a_switch(tmp_path):
     model = loqt_model()
+    args = make_trainer(model, "unused", auto_find_batch_size=True).args
+    assert trainer_findings(model, args) == []
     begin(model, max_steps=1)
     with pytest.raises(ValueError, match="auto_find_batch_size"):
         begin(model, max_steps=1, auto_find_batch_size=True)

@@ -71,7 +71,7 @@ def cheapest(*args, **kwargs) -> str:
 def keeps_input(way: str, shape: tuple[int, int], r: int) -> bool:
     """Whether x is kept for the gradient of B, and not `x Pᵀ`, n r.
 
-    Neighbours (query, key and value; gate and up) share one x, so it is the smaller from r = in / 2 on. Separate products
+    Neighbours (query, key and value; gate and up) share one x, so it is the smaller above r = in / 2. Separate products
     have made `x Pᵀ` for the output already.
     """
     return not is_right(shape) or way == WEIGHT or (way == THIN and 2 * r > shape[1])

@@ -334,6 +334,8 @@ class LoQTLayer(BaseTunerLayer):
             if error.device.type not in ("cpu", "meta"):
                 self.loqt_error[adapter_name] = error.cpu()
         if self.base.dropped:
+            # nothing but its device is left of it
+            self.base.move(self.compute_device)
             return
         switched = [name for name in self.loqt_B if self.has_switched(name)]
         retain = {self.config[name].retain_base for name in switched}

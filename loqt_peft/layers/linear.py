@@ -256,7 +256,6 @@ class Linear(LoQTLayer, nn.Module):
             return
         self.base.put_back()
         self.merged_adapters.clear()
-        self.base.move(self.compute_device)
         self.place()
 
     def __repr__(self) -> str:

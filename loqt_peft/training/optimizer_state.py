@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +41,6 @@ KNOWN = {*FIRST_MOMENTS, *SECOND_MOMENTS, CENTRE, *COPIES, *ROUNDING}
 SQUARES_FIRST = ("rmsprop", "adagrad")
 # of bitsandbytes' 8-bit states
 MOMENT_BLOCKSIZE = 256
-
-# optimizers of whose unknown state the user has been told
-_told: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -158,11 +154,10 @@ def _rotation_findings(
 
 
 def _unknown_findings(optimizer: torch.optim.Optimizer, all_B: list[torch.Tensor]) -> list[Finding]:
-    """State of a kind that LoQT does not know; said once of each optimizer."""
+    """State of a kind that LoQT does not know."""
     unknown = sorted({key for B in all_B for key in _unknown(optimizer, B)})
-    if not unknown or optimizer in _told:
+    if not unknown:
         return []
-    _told.add(optimizer)
     name, module = type(optimizer).__name__, type(optimizer).__module__
     return [
         Finding(
