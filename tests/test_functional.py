@@ -269,6 +269,8 @@ def test_neighbours_keep_their_input_once(layout, dtype):
             self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
 
         def forward(self, x):
+            # of the layers below
+            x = x * 1
             return self.q(x) + self.k(x) + self.v(x)
 
     config = loqt_config(r=60, target_modules=["q", "k", "v"], task_type=None)
@@ -282,11 +284,45 @@ def test_neighbours_keep_their_input_once(layout, dtype):
         y, kept = kept_tensors(lambda: model(x))
     rows = [tensor for tensor in kept if tensor.shape == (100, 64) and tensor.is_floating_point()]
     assert len(rows) == 3 and len({tensor.untyped_storage().data_ptr() for tensor in rows}) == 1
-    # what was changed in between is not taken for the old
-    y.sum().backward()
-    with torch.no_grad():
-        x.add_(1)
-    assert torch.equal(model(x), model(x.clone()))
+
+
+@pytest.mark.parametrize(
+    "refill",
+    [lambda x, new: x.copy_(new), lambda x, new: x.data.copy_(new), lambda x, new: x.numpy().__setitem__(..., new)],
+)
+def test_a_batch_may_be_a_buffer_that_is_filled_anew(refill):
+    layer, x, new = drifted((64, 96), bias=True), torch.zeros(100, 96), torch.randn(100, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+        refill(x, new)
+        assert torch.equal(layer(x), layer(new))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [2, 200])
+@pytest.mark.parametrize("by", ["x", "B"])
+@pytest.mark.parametrize("records", [False, True])
+def test_a_second_derivative_of_a_layer_that_trains_is_refused(shape, rows, by, records):
+    layer, x = drifted(shape, bias=True), torch.randn(rows, shape[1], requires_grad=True)
+    if records:
+        layer.capture.start("default", partial(project_gradient, layer, "default"))
+    loss = layer(x).square().sum()
+    with pytest.raises(RuntimeError, match="has no second derivative: create_graph=True"):
+        torch.autograd.grad(loss, x if by == "x" else layer.loqt_B["default"], create_graph=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [2, 200])
+def test_a_frozen_layer_has_a_second_derivative(shape, rows):
+    layer, x = drifted(shape, bias=True), torch.randn(rows, shape[1], requires_grad=True)
+    layer.requires_grad_(False)
+    W, bias = layer.effective_weight("default"), layer.get_base_layer().bias
+
+    def penalty(y):
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    assert relative(penalty(layer(x)), penalty(nn.functional.linear(x, W, bias))) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])

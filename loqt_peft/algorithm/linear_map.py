@@ -13,17 +13,19 @@ from .projection import restrict
 from .quantization import DenseFormat, FourBitFormat
 
 
-# what was made of a layer's input, as long as that lives: neighbours (query, key and value) share one
+# what was made of a layer's input, as long as that lives: neighbours (query, key and value) share one. Only of what a layer
+# below has made: a batch may be a buffer that is filled anew, past the counter of its versions (`from_numpy`, `.data`)
 _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _as_rows(x: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor:
-    """x `[..., in]` as `[n, in]` of `dtype`; with `keep`, the next layer with this input gets the same tensor."""
-    known = _rows.get(x) if keep else None
+    """x `[..., in]` as `[n, in]` of `dtype`; with `keep`, the next layer with this activation gets the same tensor."""
+    shares = keep and x.grad_fn is not None
+    known = _rows.get(x) if shares else None
     if known is not None and known[0] == x._version and known[1].dtype == dtype:
         return known[1]
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if keep and storage_key(rows) != storage_key(x):
+    if shares and storage_key(rows) != storage_key(x):
         _rows[x] = x._version, rows
     return rows
 
@@ -62,6 +64,9 @@ class LoQTLinear(torch.autograd.Function):
 
     Returns:
         `torch.Tensor`: `[n, out]`.
+
+    Raises:
+        RuntimeError: In a backward pass with `create_graph=True`, if B requires a gradient or dL/dW is recorded.
     """
 
     @staticmethod
@@ -112,11 +117,21 @@ class LoQTLinear(torch.autograd.Function):
     def backward(ctx, grad_y: torch.Tensor):
         rows, thin, B, weight, packed = ctx.saved_tensors
         needs_x, needs_B, needs_bias = ctx.needs_input_grad[:3]
-        right, scale = ctx.right, ctx.scale
+        right, scale, way = ctx.right, ctx.scale, ctx.way
+        # enabled with create_graph=True only
+        if torch.is_grad_enabled():
+            # what was kept of x has no part in the graph of x, so a second derivative would lack terms
+            if needs_B or ctx.record is not None:
+                raise RuntimeError(
+                    "A LoQT layer that trains has no second derivative: create_graph=True is not allowed in its backward "
+                    "pass. Freeze its B (`requires_grad_(False)`, or load the adapter without is_trainable) to differentiate "
+                    "by the model's input twice."
+                )
+            way = BRANCH
         grad_x = grad_B = grad_bias = None
         if needs_bias:
             grad_bias = grad_y.sum(0)
-        by_weight = needs_B and ctx.way == WEIGHT
+        by_weight = needs_B and way == WEIGHT
         if by_weight or ctx.record is not None:
             gradient = grad_y.T @ rows if ctx.record is None else weight_gradient(grad_y, rows)
             if by_weight:
@@ -128,7 +143,7 @@ class LoQTLinear(torch.autograd.Function):
                 gradient = gradient.float()
                 ctx.record(gradient)
             del gradient
-        if ctx.way == BRANCH:
+        if way == BRANCH:
             if needs_x:
                 grad_x = grad_y @ ctx.weight_format.unpack(weight, grad_y.dtype)
             P = ctx.projection_format.unpack(packed, grad_y.dtype) if needs_x or not right else None
@@ -146,7 +161,7 @@ class LoQTLinear(torch.autograd.Function):
         else:
             if needs_x:
                 grad_x = grad_y @ LoQTLinear._sum(ctx, weight, packed, B)
-            if needs_B and ctx.way == THIN:
+            if needs_B and way == THIN:
                 if not right:
                     grad_B = ((grad_y @ ctx.projection_format.unpack(packed, grad_y.dtype)).T @ rows).mul_(scale)
                 else:
