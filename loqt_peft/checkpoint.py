@@ -194,7 +194,7 @@ def saved_base_quantization(adapter_file: str | os.PathLike) -> tuple[str, bool]
         code = Seal.from_tensor(file.get_tensor(keys[0])).base_storage
     if code < _FOUR_BIT_BASE:
         return None
-    return _QUANT_TYPES[code % _DOUBLE], code - _FOUR_BIT_BASE >= _DOUBLE
+    return str(_QUANT_TYPES[code % _DOUBLE]), code - _FOUR_BIT_BASE >= _DOUBLE
 
 
 def sample(weight: torch.Tensor) -> torch.Tensor:

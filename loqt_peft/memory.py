@@ -188,7 +188,7 @@ def estimate_memory(
 
         peaks = run(config, chosen, all_layers)
         phases = {phase: dict(peak.held) for phase, peak in peaks.items()}
-        host = Counter()
+        host: Counter[str] = Counter()
         for peak in peaks.values():
             host |= peak.host
     else:
@@ -346,7 +346,7 @@ def _slow_downs(options: MemoryOptions) -> int:
 
 def _candidates(shape: ModelShape, options: dict[str, Any]) -> Iterator[MemoryOptions]:
     ranks = [rank for k in range(1, 20) if (rank := shape.hidden >> k) >= SMALLEST_PLANNED_RANK] or [1]
-    ranges = {name: values for name, values in PLANNED_OPTIONS.items() if name not in options}
+    ranges: dict[str, Any] = {name: values for name, values in PLANNED_OPTIONS.items() if name not in options}
     if options.get("method", "loqt") not in ("loqt", "qlora"):
         ranges.pop("double_quant", None)
     if "rank" not in options and options.get("method") != "full":

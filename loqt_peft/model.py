@@ -222,7 +222,8 @@ class LoQTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
             targets = self.target_module_mapping.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+            # PEFT keeps names as a set
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
         return peft_config
 
     def _check_new_adapter_config(self, config: LoQTConfig) -> None:

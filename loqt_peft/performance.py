@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from types import FrameType
 
 import torch
 from accelerate.utils import gather
@@ -25,7 +26,7 @@ def callback_handler() -> CallbackHandler | None:
     """The handler that is calling the callback that calls this; `None` outside of a Trainer."""
     # Callbacks get no reference to the Trainer, and its reporters (TensorBoard, W&B, ...) come before them in line; what a
     # callback adds to `logs` in `on_log` reaches none of them. The handler that is calling can address them all.
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
@@ -146,7 +147,7 @@ class PerformanceCallback(TrainerCallback):
         memory = self._take_peak_memory(device)
         own = torch.stack([self._tokens, *(torch.tensor(value, device=device) for value in memory.values())])
         tokens, *peaks = gather(own.unsqueeze(0)).unbind(1)
-        figures = {name: int(peak.max()) for name, peak in zip(memory, peaks, strict=True)}
+        figures: dict[str, float] = {name: int(peak.max()) for name, peak in zip(memory, peaks, strict=True)}
         tokens = int(tokens.sum())
         if tokens:
             figures["loqt/tokens_per_second"] = tokens / self._seconds

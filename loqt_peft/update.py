@@ -287,7 +287,10 @@ def _project(
     """The layer's new projection: drawn, of this gradient, or the one that the backward pass has left."""
     if not layer.needs_gradient(adapter_name):
         return layer.draw_projection(adapter_name)
-    return projected if gradient is None else layer.project_gradient(adapter_name, gradient)
+    if gradient is not None:
+        return layer.project_gradient(adapter_name, gradient)
+    assert projected is not None
+    return projected
 
 
 def _treat_optimizer_state(
