@@ -31,7 +31,7 @@ glue: $(STAMP)
 
 # Hours; what has ended is kept, so that it goes on where it was. COMPARE_ARGS="--study gaps" for an ablation, --help for all.
 compare: $(STAMP)
-	$(BIN)/python -m benchmarks.pretraining.compare $(COMPARE_ARGS)
+	$(BIN)/python -m benchmarks.compare $(COMPARE_ARGS)
 
 # One thread a worker: the tests' models are too small for more.
 test: $(STAMP)

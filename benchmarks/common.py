@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "pretraining" / "configs"
 RESULTS = Path(__file__).parent / "results"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "loqt_peft")

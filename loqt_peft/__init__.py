@@ -5,28 +5,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._moved import forward_moved_modules
 from ._version import __version__
 
 
 if TYPE_CHECKING:
     from .callback import LoQTTrainerCallback
-    from .checkpoint import get_last_checkpoint
     from .config import LoQTConfig
     from .memory import estimate_memory, plan_memory
     from .model import LoQTModel
-    from .optim import per_layer, per_layer_optimizer
-    from .performance import PerformanceCallback
+    from .saving.checkpoints import get_last_checkpoint
+    from .training.per_layer import per_layer, per_layer_optimizer
+    from .training.performance import PerformanceCallback
 
 # public name -> the module that it is imported from when it is first asked for
 _MODULES = {
     "LoQTConfig": "config",
     "LoQTModel": "model",
     "LoQTTrainerCallback": "callback",
-    "PerformanceCallback": "performance",
+    "PerformanceCallback": "training.performance",
     "estimate_memory": "memory",
-    "get_last_checkpoint": "checkpoint",
-    "per_layer": "optim",
-    "per_layer_optimizer": "optim",
+    "get_last_checkpoint": "saving.checkpoints",
+    "per_layer": "training.per_layer",
+    "per_layer_optimizer": "training.per_layer",
     "plan_memory": "memory",
 }
 
@@ -55,7 +56,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _add_peft_type() -> None:
+def _register_peft_type() -> None:
     from peft.utils import PeftType
 
     # PEFT has no public way to add a type. Only what every version's enum has is touched, and a member that PEFT may one
@@ -73,14 +74,25 @@ def _add_peft_type() -> None:
 
 
 def register() -> None:
-    """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line."""
+    """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line.
+
+    Raises:
+        ImportError: If a package that this one needs is too old; it says which, and what is needed.
+    """
+    from .requirements import check_requirements
+
+    # before anything of theirs is imported: what is too old may fail there with an obscure error, or later with none
+    check_requirements()
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
-    _add_peft_type()
+    _register_peft_type()
     from .config import LoQTConfig
     from .model import LoQTModel
+    from .saving.model_card import describe_saved_adapter
 
+    if describe_saved_adapter not in LoQTConfig.on_saved:
+        LoQTConfig.on_saved.append(describe_saved_adapter)
     if PEFT_TYPE_TO_TUNER_MAPPING.get("LOQT") is not LoQTModel:
         register_peft_method(name="loqt", config_cls=LoQTConfig, model_cls=LoQTModel)
 
@@ -90,6 +102,7 @@ def _is_command_line() -> bool:
     return Path(sys.argv[0] if sys.argv else "").stem in ("-m", "loqt")
 
 
+forward_moved_modules()
 # the import takes seconds, which `loqt --help` need not wait for
 if not _is_command_line():
     register()

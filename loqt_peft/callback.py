@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
-import torch
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.state import GradientState
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import ParallelMode
 
-from .layer import LoQTLayer
-from .model_card import keep_loqt_section, write_model_card
-from .performance import PerformanceCallback, callback_handler
-from .update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
-
-
-REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed partitions or replicates B behind the model's back, so the values that an update "
-    "writes into it would be lost",
-    DistributedType.FSDP: "FSDP shards the parameters that an update reads and writes",
-    DistributedType.MEGATRON_LM: "Megatron-LM splits the layers that an update reads and writes",
-}
+from .findings import report
+from .health import trainer_findings
+from .layers.weight_shares import weight_shares
+from .saving.model_card import keep_loqt_section, write_model_card
+from .training.distributed import tell_ddp
+from .training.performance import PerformanceCallback, callback_handler
+from .training.update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
 
 
 class LoQTTrainerCallback(PerformanceCallback):
@@ -31,19 +22,24 @@ class LoQTTrainerCallback(PerformanceCallback):
     Whether a step is an update step follows from the adapter's config and `global_step`; everything else lives in the
     adapter, so that a checkpoint needs nothing of this callback. At each update these go to the Trainer's logs:
     `loqt/updates`, `loqt/merged_change`, `loqt/quantization_error_before`, `loqt/quantization_error_after`,
-    `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.update.LoQTUpdate`]); and with each of the Trainer's own entries
-    what [`PerformanceCallback`] measures.
+    `loqt/change_to_error`, `loqt/gradient_energy`, `loqt/seconds` (see [`loqt_peft.training.update.LoQTUpdate`]); and with
+    each of the Trainer's own entries what [`PerformanceCallback`] measures.
 
     Raises:
         ValueError:
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
-            callbacks, an optimizer that does not hold B, `nn.DataParallel`, DeepSpeed, FSDP, `auto_find_batch_size`, an
-            AdEMAMix optimizer with `optimizer_state="rotate"`, or a per-layer optimizer with arguments that it does not allow.
+            callbacks, an optimizer that does not hold B, those of GaLore and APOLLO, one whose state cannot be treated as
+            `optimizer_state` says (see [`loqt_peft.training.optimizer_state.optimizer_findings`]), `nn.DataParallel`,
+            DeepSpeed, FSDP, `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._update: LoQTUpdate | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        # when training begins, the Trainer has wrapped the model already
+        tell_ddp(model)
 
     def on_train_begin(
         self,
@@ -54,7 +50,8 @@ class LoQTTrainerCallback(PerformanceCallback):
         optimizer=None,
         **kwargs,
     ):
-        self._check_setup(args, model, optimizer)
+        handler = callback_handler()
+        report(trainer_findings(model, args, optimizer, [] if handler is None else handler.callbacks))
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if state.is_world_process_zero:
             print(self._summary(model, state), flush=True)
@@ -108,50 +105,6 @@ class LoQTTrainerCallback(PerformanceCallback):
         return (
             f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "
             f"({100 * trainable / (weights + others):.1f}% of the base model's), "
-            f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps"
+            f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps\n"
+            f"LoQT: {weight_shares(model, adapter_name)}"
         )
-
-    @staticmethod
-    def _check_setup(args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        if not any(isinstance(module, LoQTLayer) for module in model.modules()):
-            raise ValueError(
-                "LoQTTrainerCallback: the model has no LoQT layers. Wrap it with `get_peft_model(model, LoQTConfig(...))` "
-                "before giving it to the Trainer."
-            )
-        adapter_name, layers = active_layers(model)
-        if adapter_name is None:
-            raise ValueError(
-                "LoQTTrainerCallback: no LoQT adapter is active and trainable. Activate one with `model.set_adapter(name)`, "
-                "or load it with `is_trainable=True`."
-            )
-        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
-            raise ValueError(
-                f"LoQTTrainerCallback: nn.DataParallel over {args.n_gpu} devices copies the layers, and what the copies "
-                "capture is lost. Start the script with `torchrun` or `accelerate launch` (DDP), or set "
-                "CUDA_VISIBLE_DEVICES to one device."
-            )
-        distributed_type = AcceleratorState().distributed_type
-        if distributed_type in REFUSED:
-            raise ValueError(
-                f"LoQTTrainerCallback: {distributed_type.value} is not supported: {REFUSED[distributed_type]}. Use DDP."
-            )
-        if args.auto_find_batch_size and any(layer.num_updates(adapter_name) for _, layer in layers):
-            raise ValueError(
-                "LoQTTrainerCallback: auto_find_batch_size starts training again with weights that have already changed. "
-                "Set per_device_train_batch_size instead."
-            )
-        if optimizer is not None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
-            if missing:
-                raise ValueError(
-                    f"LoQTTrainerCallback: the optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, "
-                    f"e.g. {missing[0]}. Create it after `get_peft_model` and give it all trainable parameters."
-                )
-            inner = getattr(optimizer, "optimizer", optimizer)
-            has_two = isinstance(inner, (bnb.optim.AdEMAMix, bnb.optim.AdEMAMix32bit))
-            if layers[0][1].config[adapter_name].optimizer_state == "rotate" and has_two:
-                raise ValueError(
-                    f"LoQTTrainerCallback: optimizer_state='rotate' cannot rotate the two first moments of "
-                    f"{type(inner).__name__}. Use 'keep' or 'reset', or AdamW."
-                )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from .checkpoint import FORMAT_VERSION, newer_version
+from .algorithm.schedule import UpdateSchedule
 from .choices import (
     INTERVAL_SCHEDULES,
     OPTIMIZER_STATES,
@@ -17,8 +21,7 @@ from .choices import (
     RETAIN_BASE,
     UPDATE_MODES,
 )
-from .model_card import describe_saved_adapter
-from .schedule import UpdateSchedule
+from .saving.seal import FORMAT_VERSION, newer_version
 
 
 # rank, scale and compensation steps by model size
@@ -28,15 +31,47 @@ PAPER = {
     "350m": {"r": 256, "loqt_alpha": 0.5, "compensation_steps": 5},
     "1b": {"r": 512, "loqt_alpha": 0.25, "compensation_steps": 10},
 }
+# twice the scale of the paper's GLUE runs, the largest that it names
+LARGEST_USUAL_SCALE = 4
+# names that the configs of other methods have for what LoQT calls otherwise, or does not have
+OTHER_NAMES = {
+    "rank": "The rank is `r`.",
+    "lora_r": "The rank is `r`.",
+    "alpha": "LoQT's scale is `loqt_alpha`: s itself, not divided by r. LoRA's lora_alpha / r corresponds to it.",
+    "lora_alpha": "LoQT's scale is `loqt_alpha`: s itself, not divided by r. LoRA's lora_alpha / r corresponds to it.",
+    "scale": "LoQT's scale s is `loqt_alpha`.",
+    "scaling": "LoQT's scale s is `loqt_alpha`.",
+    "use_rslora": "Leave it out: `loqt_alpha` is not divided by r. A scale that suits every rank is loqt_alpha='auto'.",
+    "lora_dropout": "Leave it out: LoQT has no dropout of its own.",
+    "dropout": "Leave it out: LoQT has no dropout of its own.",
+    "bias": "Leave it out: biases train with full_rank_modules='all'.",
+    "lora_bias": "Leave it out: biases train with full_rank_modules='all'.",
+    "use_dora": "Leave it out: LoQT has no magnitudes of its own.",
+    "fan_in_fan_out": "Leave it out: LoQT knows the layout of nn.Linear and Conv1D by itself.",
+    "init_lora_weights": "It is `init_weights` here.",
+    "update_proj_gap": "The gap between updates is `update_interval`.",
+    "proj_type": "How P is made is `projection`.",
+    "quant_type": "The storage of W is `quantize_weight`, that of P `quantize_projection`.",
+    "bnb_4bit_quant_type": "The storage of W is `quantize_weight`, that of P `quantize_projection`.",
+    "use_double_quant": "It is `double_quant` here.",
+    "bnb_4bit_use_double_quant": "It is `double_quant` here.",
+}
 
 
 @dataclass
 class LoQTConfig(PeftConfig):
     """Configuration of a LoQT adapter (arXiv 2405.16528).
 
+    A scale (`loqt_alpha`, `alpha_pattern`) above 4 brings a warning: the paper's are 0.25 to 2.
+
     Raises:
         ValueError: If a field has a value that is not allowed; the message names field, value and what is allowed.
+        TypeError: For a keyword that is no field; if another method's config calls something so, the message says what it is
+            called here.
     """
+
+    # called with a config and the folder that it was saved in
+    on_saved: ClassVar[list[Callable[[LoQTConfig, str], None]]] = []
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(
@@ -51,7 +86,7 @@ class LoQTConfig(PeftConfig):
         metadata={
             "help": "Names of the modules to train with LoQT, or a regex (a string). 'all-linear' means all linear layers "
             "but the output head, and so does None, but for the encoders and seq2seq models that "
-            "`loqt_peft.target_modules` lists: there None means the linear layers of their blocks."
+            "`loqt_peft.layers.target_modules` lists: there None means the linear layers of their blocks."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -62,6 +97,13 @@ class LoQTConfig(PeftConfig):
         metadata={
             "help": "Names of modules of which a copy is trained and saved. For large modules `full_rank_modules` needs no "
             "copy."
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the input embedding that are trained, or name of an embedding -> rows; as in `LoraConfig`. Of no "
+            "effect with full_rank_modules='all', which trains all of them."
         },
     )
     rank_pattern: dict[str, int] = field(
@@ -166,6 +208,22 @@ class LoQTConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self._validate()
+        # a saved adapter has been trained with its scale
+        if self.format_version is None:
+            self._warn_of_large_scales()
+
+    def _warn_of_large_scales(self) -> None:
+        scales = {"loqt_alpha": self.loqt_alpha}
+        scales |= {f"alpha_pattern[{name!r}]": scale for name, scale in self.alpha_pattern.items()}
+        large = [f"{name}={s!r}" for name, s in scales.items() if s != "auto" and s > LARGEST_USUAL_SCALE]
+        if large:
+            warnings.warn(
+                f"{', '.join(large)}: this is the paper's scale s, which multiplies PB as it is and is not divided by r as "
+                "lora_alpha is. The paper uses 0.25 to 0.5 in pretraining and 2 on GLUE; loqt_alpha='auto' follows rank and "
+                "width.",
+                # past _validate's caller, the dataclass and what names the fields
+                stacklevel=5,
+            )
 
     def _validate(self) -> None:
         def check(name: str, allowed: bool, what: str) -> None:
@@ -262,12 +320,13 @@ class LoQTConfig(PeftConfig):
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save as `adapter_config.json`, and describe the adapter in the model card that PEFT has written.
+        """Save as `adapter_config.json`, and call `on_saved`: the model card that PEFT has written is completed so.
 
         Args: see `PeftConfig.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
-        describe_saved_adapter(self, save_directory)
+        for describe in self.on_saved:
+            describe(self, save_directory)
 
     @classmethod
     def paper(cls, size: str, **changes) -> LoQTConfig:
@@ -277,13 +336,14 @@ class LoQTConfig(PeftConfig):
         tokens, 131,072 tokens an optimizer step.
 
         Args:
-            size (`str`): `"60m"`, `"130m"`, `"350m"` or `"1b"`: sets `r`, `loqt_alpha` and `compensation_steps`.
+            size (`str`): `"60m"`, `"130m"`, `"350m"` or `"1b"`, in any case: sets `r`, `loqt_alpha` and `compensation_steps`.
             changes: Fields that differ from the recipe.
 
         Raises:
             ValueError: If `size` is none of these, or a field has a value that is not allowed.
         """
-        if size not in PAPER:
+        key = size.lower() if isinstance(size, str) else size
+        if key not in PAPER:
             raise ValueError(f"size={size!r} is not allowed: one of {', '.join(map(repr, PAPER))}.")
         recipe = {
             "task_type": "CAUSAL_LM",
@@ -294,7 +354,7 @@ class LoQTConfig(PeftConfig):
             "update_interval": 100,
             "interval_schedule": "exponential",
             "interval_growth": 1.2,
-            **PAPER[size],
+            **PAPER[key],
         }
         return cls(**{**recipe, **changes})
 
@@ -302,3 +362,19 @@ class LoQTConfig(PeftConfig):
     def schedule(self) -> UpdateSchedule:
         """Which optimizer steps are update steps."""
         return UpdateSchedule(self.update_interval, self.interval_schedule, self.interval_growth, self.max_interval)
+
+
+def _name_the_field(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        for name in sorted(kwargs.keys() - LoQTConfig.__dataclass_fields__.keys()):
+            near = difflib.get_close_matches(name, LoQTConfig.__dataclass_fields__, n=1)
+            hint = OTHER_NAMES.get(name) or (f"Is it `{near[0]}` that is meant?" if near else "")
+            # PEFT, which leaves out what it does not know of a saved config, goes by these words
+            raise TypeError(f"LoQTConfig.__init__() got an unexpected keyword argument {name!r}. {hint}".rstrip())
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+LoQTConfig.__init__ = _name_the_field(LoQTConfig.__init__)  # type: ignore[method-assign]

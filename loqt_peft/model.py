@@ -2,169 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import bitsandbytes as bnb
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import ERROR, TENSORS, canonical, seal_adapter, verify_adapter
 from .config import LoQTConfig
-from .layer import Linear, LoQTLayer
-from .target_modules import TARGET_MODULES_MAPPING
-from .update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers
-
-
-if TYPE_CHECKING:
-    from .export import ExportReport
-
-# in the names of modules, but not in those of the state dict
-_FSDP_PREFIX = "_fsdp_wrapped_module."
-
-SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
-
-
-def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
-    """The parameters that `config.full_rank_modules` names, by their names in `model`; tied ones once.
-
-    Raises:
-        ValueError: If a name matches no module, or one that is targeted or in `modules_to_save`.
-    """
-    wanted = config.full_rank_modules
-    if not wanted:
-        return {}
-    # names of modules in which parameters belong to PEFT
-    managed = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-
-    def owner(parameter_name: str) -> str | None:
-        parts = parameter_name.split(".")
-        return next((key for i in range(len(parts)) if (key := ".".join(parts[:i])) in managed), None)
-
-    if wanted == "all":
-        selected = {}
-        for name, parameter in model.named_parameters():
-            managed_by = owner(name)
-            is_bias = isinstance(managed.get(managed_by), LoQTLayer) and name == f"{managed_by}.base_layer.bias"
-            if parameter.is_floating_point() and (managed_by is None or is_bias):
-                selected[name] = parameter
-        return selected
-
-    selected = {}
-    for module_name in wanted:
-        keys = [n for n, _ in model.named_modules() if n == module_name or n.endswith(f".{module_name}")]
-        if not keys:
-            raise ValueError(
-                f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name."
-            )
-        for key in keys:
-            for name, parameter in model.get_submodule(key).named_parameters(prefix=key):
-                if owner(name) is not None:
-                    raise ValueError(
-                        f"full_rank_modules={module_name!r} is not allowed: {key!r} is or holds a module in target_modules "
-                        "or modules_to_save."
-                    )
-                selected[name] = parameter
-    # tied weights have several names
-    names = {id(parameter): name for name, parameter in reversed(selected.items())}
-    return {name: parameter for name, parameter in selected.items() if names[id(parameter)] == name}
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
-    """The layers of an adapter, by their names in the state dict."""
-    return {
-        name.removeprefix(_FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
-    }
-
-
-def _rest_names(model: nn.Module, config: LoQTConfig, adapter_name: str) -> dict[str, str]:
-    """Key in a checkpoint, without PEFT's prefix -> name in the model, of what an adapter holds outside LoQT layers."""
-    names = {name: name for name in full_rank_parameters(model, config)}
-    for module_name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module_name = module_name.removeprefix(_FSDP_PREFIX)
-            for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
-                names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
-    return {canonical(key): name for key, name in names.items()}
-
-
-def _embedding_names(model: nn.Module) -> set[str]:
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    return {name for name, module in model.named_modules() if any(module is e for e in embeddings)}
-
-
-def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
-    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
-    replaced = {f"{name}.base_layer.weight" for name in _layers_of(model, adapter_name)}
-    return any(
-        not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)
-        for name, _ in model.named_parameters()
-    )
-
-
-def _verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """See `verify_adapter`; what `modules_to_save` brings has its name in the model already."""
-    names = _rest_names(model, config, adapter_name)
-    keys = {canonical(name): key for key, name in names.items()}
-    # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
-    embeddings = {canonical(name) for name in _embedding_names(model)}
-    adapter = {}
-    for key, tensor in state_dict.items():
-        key = canonical(key)
-        if key in keys or key.rpartition(".")[0] not in embeddings:
-            adapter[keys.get(key, key)] = tensor
-    own = model.state_dict()
-    warning = verify_adapter(
-        _layers_of(model, adapter_name),
-        {key: own[name] for key, name in names.items()},
-        adapter_name,
-        adapter,
-        base_is_needed=_uses_base(model, adapter_name, set(names.values())),
-    )
-    if warning:
-        warnings.warn(warning, stacklevel=2)
-
-
-def _tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
-    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-
-
-class _VerifyOnFirstForward:
-    """Forward pre-hook for loaders that write into the model by themselves, as transformers' `load_adapter` does."""
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.adapter_name = adapter_name
-        self.id = model.register_forward_pre_hook(self).id
-
-    @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        layers = _layers_of(model, self.adapter_name)
-        seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
-        # zeros: PEFT loaded the adapter, or nobody did
-        if any(seal.any() for seal in seals):
-            _tie_weights_after_load(model)
-            config, own = model.peft_config[self.adapter_name], model.state_dict()
-            saved = {
-                f"{name}.{part}": getattr(layer, part)[self.adapter_name]
-                for name, layer in layers.items()
-                for part in (*TENSORS, ERROR, "loqt_seal")
-                if self.adapter_name in getattr(layer, part)
-            }
-            saved |= {key: own[name] for key, name in _rest_names(model, config, self.adapter_name).items()}
-            _verify(model, config, self.adapter_name, saved)
-            for seal in seals:
-                seal.zero_()
-        model._forward_pre_hooks.pop(self.id, None)
+from .export import ExportReport, export
+from .findings import report
+from .health import saving_findings
+from .layers.full_rank import full_rank_parameters, names_outside_layers
+from .layers.layer import Linear, LoQTLayer
+from .layers.target_checks import TargetChecks
+from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
+from .layers.weight_shares import weight_shares
+from .loading import VerifyOnFirstUse, layers_of, tie_weights_after_load, verify
+from .saving.base_name import report_base_name
+from .saving.seal import seal_adapter
+from .training.distributed import ignored_by_ddp
+from .training.update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
 
 
 class LoQTModel(BaseTuner):
@@ -192,11 +57,11 @@ class LoQTModel(BaseTuner):
     ###############################
 
     def begin_step(self, step: int, is_last_backward: Callable[[], bool] | None = None) -> bool:
-        """Before the first forward pass of optimizer step `step`; see [`loqt_peft.update.begin_step`]."""
+        """Before the first forward pass of optimizer step `step`; see [`loqt_peft.training.update.begin_step`]."""
         return begin_step(self, step, is_last_backward)
 
     def end_step(self, optimizer: torch.optim.Optimizer | None = None) -> LoQTUpdate | None:
-        """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.update.end_step`]."""
+        """Between `optimizer.step()` and `optimizer.zero_grad()`; see [`loqt_peft.training.update.end_step`]."""
         return end_step(self, optimizer)
 
     def cancel_step(self) -> None:
@@ -205,15 +70,8 @@ class LoQTModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DDP would broadcast every buffer at every forward pass; the update keeps W and P equal on all processes. The
-        # names are those in the PeftModel, which is what DDP wraps.
-        containers = ("loqt_P", "loqt_weight", "loqt_error", "loqt_state", "loqt_seal")
-        return [
-            f"base_model.{name}.{container}.{adapter_name}"
-            for name, layer in loqt_layers(self)
-            for container in containers
-            for adapter_name in getattr(layer, container)
-        ]
+        # the names are those in the PeftModel, which is what DDP wraps
+        return [f"base_model.{name}" for name in ignored_by_ddp(self)]
 
     ###############################
     # Injection
@@ -222,9 +80,27 @@ class LoQTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoQTConfig, model_config: dict) -> LoQTConfig:
         if peft_config.target_modules is None:
             targets = self.target_module_mapping.get(model_config.get("model_type"), INCLUDE_LINEAR_LAYERS_SHORTHAND)
-            # PEFT keeps names as a set
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = without_unfit(self.model, peft_config.target_modules)
         return peft_config
+
+    def _prepare_model(self, peft_config: LoQTConfig, model: nn.Module) -> None:
+        # before anything is changed
+        super()._prepare_model(peft_config, model)
+        checks = TargetChecks(model)
+        adapters = tuple(f"{name}." for name, module in checks.modules.items() if isinstance(module, BaseTunerLayer))
+        names = [
+            name
+            for name, _ in model.named_modules()
+            if name and not name.startswith(adapters) and self._check_target_module_exists(peft_config, name)
+        ]
+        self._checked_targets = set(names)
+        if peft_config.full_rank_modules:
+            names += [name for name in checks.modules if name not in self._checked_targets and checks.offloaded(name)]
+        report(checks.findings(names))
 
     def _check_new_adapter_config(self, config: LoQTConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -258,32 +134,20 @@ class LoQTModel(BaseTuner):
         if isinstance(target, LoQTLayer):
             target.update_layer(adapter_name, r, scaling, loqt_config)
             return
-        self._check_target(target, parent, current_key)
+        if current_key not in self._checked_targets:
+            # PEFT goes by the names in a state dict rather than by the config, if it gets one
+            report(TargetChecks(self.model).findings([current_key]))
         new_module = Linear(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
-    def _check_target(self, target: nn.Module, parent: nn.Module, key: str) -> None:
-        backend = resolve_quantization_backend(target)
-        supported = isinstance(target, (nn.Linear, Conv1D)) and (
-            backend is None or isinstance(target, bnb.nn.Linear4bit)
-        )
-        if not supported:
-            raise ValueError(
-                f"Target module {key!r} is a {type(target).__name__}, which LoQT does not support: only {SUPPORTED}."
-            )
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"Target module {key!r} lies inside nn.MultiheadAttention, which uses its weight without calling it. Add it "
-                "to exclude_modules."
-            )
-        for name, module in self.model.named_modules():
-            if module is not target and getattr(module, "weight", None) is target.weight:
-                raise ValueError(
-                    f"Target module {key!r} shares its weight with {name!r}. LoQT would change the one and not the other. "
-                    "Untie them (`tie_word_embeddings=False`), or leave it out of target_modules."
-                )
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # PEFT's own would give it the weight of what it replaces, which a head of several layers has not
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -310,11 +174,38 @@ class LoQTModel(BaseTuner):
                 elif B.dtype in (torch.float16, torch.bfloat16):
                     B.data = B.data.float()
 
-    def _post_injection_hook(self, model: nn.Module, config: LoQTConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Add the adapter of `peft_config[adapter_name]`; see `BaseTuner.inject_adapter`.
+
+        A config that is that of another adapter of this model, the very object, asks for a copy of that adapter, as TRL does
+        to keep a reference; one that it is not, but which has been through updates, must be followed by loading.
+        """
+        config = self.peft_config[adapter_name]
+        source = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        if source is not None or not config.inference_mode:
+            # training changes it, and the user may build another model with his
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        if config.full_rank_modules == "all":
+            # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
+            config.trainable_token_indices = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            report(weight_shares(model, adapter_name).findings())
         if config.full_rank_modules:
-            model.register_load_state_dict_post_hook(_tie_weights_after_load)
-        if config.format_version is not None:
-            _VerifyOnFirstForward(model, adapter_name)
+            model.register_load_state_dict_post_hook(tie_weights_after_load)
+        layers = layers_of(model, adapter_name).values()
+        if (
+            source is not None
+            and config.num_updates
+            and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
+        ):
+            for layer in layers:
+                layer.verify()
+                layer.copy_adapter(source, adapter_name)
+        elif config.format_version is not None or config.num_updates:
+            VerifyOnFirstUse(model, adapter_name)
 
     ###############################
     # State dict
@@ -329,27 +220,36 @@ class LoQTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        layers = layers_of(model, adapter_name)
+        for layer in layers.values():
+            layer.verify()
+        # the config is saved next, and by it a loader knows what there is to load
+        record_updates(model, adapter_name)
+        report_base_name(model)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
-        rest = {key: state_dict[name] for key, name in _rest_names(model, config, adapter_name).items()}
-        adapter.update(seal_adapter(_layers_of(model, adapter_name), rest, adapter_name, adapter))
+        rest = {key: state_dict[name] for key, name in names_outside_layers(model, config, adapter_name).items()}
+        adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
+        report(saving_findings(model, adapter_name), stacklevel=3)
         return adapter
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        layers = _layers_of(model, adapter_name)
-        _verify(model, config, adapter_name, state_dict)
+        layers = layers_of(model, adapter_name)
+        verify(model, config, adapter_name, state_dict)
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
-        num_updates = 0
+        updates = [0]
+        for verification in {layer.verifications.pop(adapter_name, None) for layer in layers.values()} - {None}:
+            verification.end()
         for name, layer in layers.items():
             prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
             layer.allocate(adapter_name, state_dict[f"{prefix}.loqt_P"], state_dict.get(f"{prefix}.loqt_weight"))
-            num_updates = max(num_updates, int(state_dict[f"{prefix}.loqt_state"][0]))
+            updates.append(int(state_dict[f"{prefix}.loqt_state"][0]))
             state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
-        config.num_updates = num_updates
+        config.num_updates = max(updates)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     ###############################
@@ -429,7 +329,7 @@ class LoQTModel(BaseTuner):
             progressbar (`bool`): Show one.
 
         Returns:
-            [`~loqt_peft.export.ExportReport`]
+            [`~loqt_peft.export.export.ExportReport`]
 
         Raises:
             ValueError:
@@ -439,7 +339,4 @@ class LoQTModel(BaseTuner):
                 dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
-        # it is built on this module
-        from .export import export
-
         return export(self, output_dir, to, rank, dtype, overwrite, progressbar)

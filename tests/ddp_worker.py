@@ -11,8 +11,9 @@ from common import TokenDataset, loqt_config, make_trainer, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from loqt_peft import LoQTTrainerCallback, performance
-from loqt_peft.update import loqt_layers
+from loqt_peft import LoQTTrainerCallback
+from loqt_peft.training import performance
+from loqt_peft.training.update import loqt_layers
 
 
 def main(output_dir, batch_size, accumulation, update_mode, projection):

@@ -7,12 +7,19 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from common import load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from loqt_peft.update import loqt_layers
+from loqt_peft import LoQTConfig
+from loqt_peft.training.update import loqt_layers
 
 
 BASES = ["dense", "4bit", "4bit-double"]
@@ -292,9 +299,55 @@ def test_the_users_config_is_not_changed_by_training(base_dir):
     config = loqt_config()
     train_steps(get_peft_model(load_llama(base_dir, "dense"), config), 2)
     assert config.num_updates == 0
-    # a config read from a trained adapter starts from the base too
-    fresh = get_peft_model(load_llama(base_dir, "dense"), loqt_config(num_updates=2))
+    fresh = get_peft_model(load_llama(base_dir, "dense"), config)
     assert torch.equal(logits(fresh), logits(load_llama(base_dir, "dense")))
+
+
+def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config())
+    train_steps(model, 2)
+    first = logits(model)
+    model.save_pretrained(tmp_path)
+
+    # the very config of another adapter: a copy, which goes its own way
+    model.add_adapter("twin", model.peft_config["default"])
+    model.set_adapter("twin")
+    assert torch.equal(logits(model), first)
+    train_steps(model, 1, seed=30)
+    assert model.peft_config["twin"].num_updates == 3 and model.peft_config["default"].num_updates == 2
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+    # one that was read, or written by hand, and nothing that was loaded
+    message = "'other' was made with a config of num_updates=2, .* nothing was loaded into it"
+    for use in (logits, lambda m: m.save_pretrained(tmp_path / "no"), lambda m: m.merge_adapter(), train_steps_once):
+        config = LoQTConfig.from_pretrained(tmp_path)
+        config.inference_mode = False
+        fresh = get_peft_model(load_llama(base_dir, "dense"), config, "other")
+        with pytest.raises(ValueError, match=message):
+            use(fresh)
+    assert not (tmp_path / "no" / "other" / "adapter_model.safetensors").exists()
+    state = get_peft_model_state_dict(model)
+    set_peft_model_state_dict(fresh, state, "other")
+    assert torch.equal(logits(fresh), first)
+    # a second one is loaded beside the first
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), first)
+
+
+def train_steps_once(model):
+    train_steps(model, 1)
+
+
+def test_no_copy_where_the_base_is_dropped(base_dir):
+    model = get_peft_model(load_llama(base_dir, "dense"), loqt_config(retain_base="drop"))
+    train_steps(model, 2)
+    with pytest.raises(
+        ValueError, match="retain_base='drop' of adapter 'default' is not allowed with several adapters"
+    ):
+        model.add_adapter("ref", model.peft_config["default"])
+    assert list(model.peft_config) == ["default"]
 
 
 def test_full_rank_modules_train_in_place_and_are_saved_once(base_dir, tmp_path):

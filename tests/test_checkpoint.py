@@ -1,5 +1,6 @@
 """Nothing learned is lost: resume is exact, and an adapter that is damaged or meant for another model is refused."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -13,17 +14,27 @@ import sys
 import warnings
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 from transformers.trainer_utils import get_last_checkpoint as newest_checkpoint
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
-from loqt_peft.checkpoint import FORMAT_VERSION, SEAL_SIZE, Seal, checksum
-from loqt_peft.update import loqt_layers
+from loqt_peft.saving.base_name import base_name_findings
+from loqt_peft.saving.seal import FORMAT_VERSION, SEAL_SIZE, Seal, checksum
+from loqt_peft.training.update import begin_step, end_step, loqt_layers
 
 
 STEPS = 40
@@ -247,6 +258,11 @@ def test_full_disk_leaves_earlier_checkpoints_whole(forkserver, tmp_path):
         lambda folder: os.truncate(folder / "adapter_model.safetensors", 5000),
         lambda folder: os.truncate(folder / "optimizer.pt", 500),
         lambda folder: (folder / "rng_state.pth").write_bytes(b""),
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        lambda folder: (folder / "optimizer.pt").unlink(),
+        lambda folder: (folder / "scheduler.pt").unlink(),
+        lambda folder: (folder / "rng_state.pth").unlink(),
     ],
 )
 def test_incomplete_checkpoints_are_passed_over(tmp_path, damage):
@@ -257,6 +273,28 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path, damage):
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     damage(tmp_path / "checkpoint-2")
     assert get_last_checkpoint(tmp_path) is None
+
+
+def test_what_a_complete_checkpoint_holds(tmp_path, caplog):
+    run(tmp_path, save_steps=2, max_steps=4, save_only_model=True)
+    # there is no optimizer, but what was trained
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    # of two adapters each has a folder
+    last = tmp_path / "checkpoint-4"
+    (last / "ref").mkdir()
+    shutil.copy(last / "adapter_config.json", last / "ref")
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "ref/adapter_model.safetensors" in caplog.text
+    shutil.copy(last / "adapter_model.safetensors", last / "ref")
+    assert get_last_checkpoint(tmp_path) == str(last)
+    # of a model in several files all
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (last / name).unlink()
+    shutil.rmtree(last / "ref")
+    (last / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    save_file({"x": torch.zeros(1)}, last / "model-00001-of-00001.safetensors")
+    assert get_last_checkpoint(tmp_path) == str(last)
 
 
 ###############################
@@ -320,6 +358,150 @@ def test_adapter_for_another_base_is_refused(adapter_dir, load):
         else:
             other.load_adapter(str(adapter_dir))
             logits(other)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, folder: model.forward(input_ids=token_batch(0)),
+        lambda model, folder: model.model(input_ids=token_batch(0)),
+        lambda model, folder: model.model.layers[0].self_attn.q_proj(torch.zeros(1, 64)),
+        lambda model, folder: model.generate(token_batch(0), max_new_tokens=1, do_sample=False),
+        lambda model, folder: model.save_pretrained(folder),
+        lambda model, folder: begin_step(model, 0),
+        lambda model, folder: [layer.merge() for _, layer in loqt_layers(model)],
+        lambda model, folder: next(loqt_layers(model))[1].get_delta_weight("default"),
+    ],
+    ids=["forward", "inner", "layer", "generate", "save", "begin_step", "merge", "delta"],
+)
+def test_no_door_leads_past_the_seals(base_dir, adapter_dir, tmp_path, use):
+    other = small_llama(seed=1, hidden_size=64, intermediate_size=128)
+    other.load_adapter(str(adapter_dir), is_trainable=True)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="other base weights than this model's: model.layers.0"):
+            use(other, tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items() if key in before)
+
+    right = load_llama(base_dir, "dense")
+    right.load_adapter(str(adapter_dir), is_trainable=True)
+    use(right, tmp_path / "saved")
+    # what was verified is not looked at again
+    assert not any(module._forward_pre_hooks for module in right.modules())
+    assert not any(layer.verifications for _, layer in loqt_layers(right))
+
+
+def test_copies_of_a_model_are_verified_on_their_own(base_dir, adapter_dir):
+    model = load_llama(base_dir, "dense")
+    model.load_adapter(str(adapter_dir))
+    twin = copy.deepcopy(model)
+    expected = logits(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(layer.verifications for _, layer in loqt_layers(twin))
+    assert torch.equal(logits(twin), expected)
+    assert not any(module._forward_pre_hooks for module in twin.modules())
+
+
+@pytest.mark.parametrize("door", ["peft", "low memory", "transformers"])
+def test_loading_in_inference_mode(base_dir, feedback_dir, door):
+    expected = logits(PeftModel.from_pretrained(load_llama(base_dir, "dense"), feedback_dir))
+    base = load_llama(base_dir, "dense")
+    with torch.inference_mode():
+        if door == "transformers":
+            base.load_adapter(str(feedback_dir), is_trainable=True)
+            model = base
+        else:
+            model = PeftModel.from_pretrained(
+                base, feedback_dir, is_trainable=True, low_cpu_mem_usage=door == "low memory"
+            )
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)
+    # and to be trained on
+    for step in (0, 1):
+        model.train()
+        begin_step(model, step)
+        loss = model(input_ids=token_batch(step), labels=token_batch(step)).loss
+        loss.backward()
+        optimizer = torch.optim.AdamW([layer.loqt_B["default"] for _, layer in loqt_layers(model)])
+        optimizer.step()
+        end_step(model, optimizer)
+    assert all(layer.num_updates("default") == 4 for _, layer in loqt_layers(model))
+
+
+def test_models_without_embeddings(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sizes},
+        vision_config={"image_size": 16, "patch_size": 8, **sizes},
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "base")
+    inputs = {"input_ids": token_batch(0), "pixel_values": torch.randn(4, 3, 16, 16)}
+    model = get_peft_model(CLIPModel.from_pretrained(tmp_path / "base"), loqt_config(task_type=None))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.begin_step(0)
+    model(**inputs, return_loss=True).loss.backward()
+    optimizer.step()
+    model.end_step(optimizer)
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_text
+        loaded = PeftModel.from_pretrained(CLIPModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        assert torch.equal(loaded(**inputs).logits_per_text, expected)
+        loaded = CLIPModel.from_pretrained(tmp_path / "base")
+        loaded.load_adapter(str(tmp_path / "adapter"))
+        assert torch.equal(loaded(**inputs).logits_per_text, expected)
+
+
+@pytest.mark.parametrize("base", ["4bit", "4bit-double"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_4bit_base_that_was_evaluated_before(base_dir, tmp_path, base, dtype, saves):
+    model = get_peft_model(load_llama(base_dir, base, dtype), loqt_config())
+    train_steps(model, 2)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    evaluated = load_llama(base_dir, base, dtype)
+    for module in evaluated.modules():
+        # what bitsandbytes does in eval where the processor has AVX512-BF16
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed, state = _convert_weight_packed_for_cpu(module.weight.data, module.weight.quant_state)
+            module.weight.data, module.weight.quant_state = packed, state
+    if saves:
+        evaluated.state_dict()
+    assert torch.equal(logits(PeftModel.from_pretrained(evaluated, tmp_path)), expected)
+
+    small_llama(seed=1, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other base weights"):
+        PeftModel.from_pretrained(load_llama(tmp_path / "other", base, dtype), tmp_path)
+
+
+@pytest.mark.parametrize("full_rank_modules", [None, "all"])
+def test_a_base_that_exists_nowhere(tmp_path, full_rank_modules):
+    with pytest.warns(
+        UserWarning, match="a LlamaForCausalLM, cannot be found again: it has no `name_or_path`"
+    ) as found:
+        model = get_peft_model(small_llama(), loqt_config(full_rank_modules=full_rank_modules))
+        train_steps(model, 2)
+        model.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(tmp_path / "adapter")
+    messages = [str(warning.message) for warning in found if "cannot be found" in str(warning.message)]
+    assert len(messages) == 1 and ("the adapter is lost" in messages[0]) == (full_rank_modules is None)
+
+    # what the warning says helps
+    base, path = small_llama(), str(tmp_path / "base")
+    base.save_pretrained(path)
+    base.name_or_path = path
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(base, loqt_config(full_rank_modules=full_rank_modules))
+        train_steps(model, 2)
+        model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    shutil.rmtree(path)
+    assert [finding.code for finding in base_name_findings(model)] == ["base_without_name"]
 
 
 def test_adapter_for_another_base_that_replaces_all_of_it_is_loaded(tmp_path):

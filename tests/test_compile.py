@@ -6,7 +6,7 @@ from common import load_llama, loqt_config, tiny_llama, token_batch
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from loqt_peft.update import loqt_layers
+from loqt_peft.training.update import loqt_layers
 
 
 @pytest.fixture(scope="module")

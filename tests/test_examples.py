@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from loqt_peft.optim import PerLayerOptimizer
+from loqt_peft.training.per_layer import PerLayerOptimizer
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretraining"

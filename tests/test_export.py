@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -34,11 +35,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from loqt_peft import export
+from loqt_peft.algorithm.quantization import FourBitFormat
 from loqt_peft.cli.adapter import base_class, load_base
 from loqt_peft.cli.main import main
-from loqt_peft.quantization import FourBitFormat
-from loqt_peft.update import loqt_layers
+from loqt_peft.export import export
+from loqt_peft.training.update import loqt_layers
 
 
 ROOT = Path(__file__).parent.parent
@@ -647,3 +648,74 @@ def test_one_of_several_adapters(base_dir, tmp_path):
     assert model.export(tmp_path / "out", "dense").layers == 14
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(loaded), expected, atol=1e-5)
+
+
+HEAD_OF_LAYERS = {
+    "roberta": {},
+    "xlm-roberta": {},
+    "electra": {"embedding_size": 16},
+    "mpnet": {},
+}
+
+
+def sequence_classifier(model_type):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=50,
+        max_position_embeddings=40,
+        pad_token_id=0,
+        num_labels=3,
+        **HEAD_OF_LAYERS[model_type],
+    )
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def trained_classifier(model_type):
+    # PEFT trains a copy of the head, which is a module of several layers
+    model = get_peft_model(sequence_classifier(model_type), loqt_config(r=4, task_type="SEQ_CLS")).train()
+    tokens = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(2):
+        model.begin_step(step)
+        model(input_ids=tokens, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        model.end_step(optimizer)
+        optimizer.zero_grad()
+    return model.eval(), tokens
+
+
+@pytest.mark.parametrize("model_type", HEAD_OF_LAYERS)
+def test_a_head_of_several_layers_is_merged_and_unloaded(tmp_path, model_type):
+    model, tokens = trained_classifier(model_type)
+    head = {n: p.clone() for n, p in model.base_model.model.classifier.modules_to_save["default"].named_parameters()}
+    weights = {n: layer.effective_weight("default") for n, layer in loqt_layers(model.base_model.model)}
+    with torch.no_grad():
+        logits = model(tokens).logits
+        merged = model.merge_and_unload()
+        assert torch.allclose(merged(tokens).logits, logits, atol=1e-6)
+    assert type(merged.classifier).__name__.endswith("ClassificationHead")
+    assert {n: torch.equal(p, head[n]) for n, p in merged.classifier.named_parameters()} == dict.fromkeys(head, True)
+    assert all(torch.equal(merged.get_submodule(n).weight, weight) for n, weight in weights.items())
+
+    merged.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(tokens).logits, merged(tokens).logits)
+    base = trained_classifier(model_type)[0].unload()
+    with torch.no_grad():
+        hidden = [m.base_model(tokens)[0] for m in (base, sequence_classifier(model_type))]
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("to", ["dense", "bnb-4bit"])
+def test_a_head_of_several_layers_is_exported(tmp_path, to):
+    model, tokens = trained_classifier("roberta")
+    model.export(tmp_path, to=to)
+    with torch.no_grad():
+        expected = exact(model.base_model.model)(tokens).logits
+        loaded = exact(AutoModelForSequenceClassification.from_pretrained(tmp_path)).eval()
+        assert torch.equal(loaded(tokens).logits, expected)

@@ -5,8 +5,8 @@ import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from reference import dequantize, top_singular_vectors
 
-from loqt_peft.compensation import compensate
-from loqt_peft.projection import (
+from loqt_peft.algorithm.compensation import compensate
+from loqt_peft.algorithm.projection import (
     PROJECTIONS,
     captured_energy,
     expand,
@@ -16,7 +16,7 @@ from loqt_peft.projection import (
     projection_shape,
     random_projection,
 )
-from loqt_peft.quantization import DenseFormat, FourBitFormat, storage_format
+from loqt_peft.algorithm.quantization import DenseFormat, FourBitFormat, storage_format
 
 
 SHAPES = [(64, 64), (48, 32), (40, 80), (7, 5), (3, 50), (300, 70), (1, 1)]

@@ -26,9 +26,9 @@ from transformers import (
 
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
 from loqt_peft.cli.main import main
-from loqt_peft.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory import required_bytes
-from loqt_peft.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.memory.estimate import required_bytes
+from loqt_peft.memory.estimate.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
+from loqt_peft.memory.estimate.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from loqt_peft import LoQTConfig
-from loqt_peft.model_card import add_loqt_section, keep_loqt_section
+from loqt_peft.saving.model_card import add_loqt_section, keep_loqt_section
 
 
 FOREIGN = """\

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback, PerformanceCallback, per_layer, per_layer_optimizer
-from loqt_peft.optim import check_training_arguments, remove_hooks
+from loqt_peft.training.per_layer import check_training_arguments, remove_hooks
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from peft import get_peft_model
 from torch import nn
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.compensation import compensate
-from loqt_peft.layer import LoQTLayer
-from loqt_peft.projection import random_projection
-from loqt_peft.update import loqt_layers
+from loqt_peft.algorithm.compensation import compensate
+from loqt_peft.algorithm.projection import random_projection
+from loqt_peft.layers.layer import LoQTLayer
+from loqt_peft.training.update import loqt_layers
 
 
 def random_model(**fields):

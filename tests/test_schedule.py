@@ -1,6 +1,6 @@
 import pytest
 
-from loqt_peft.schedule import UpdateSchedule, staggered_offsets
+from loqt_peft.algorithm.schedule import UpdateSchedule, staggered_offsets
 
 
 def slow_update_steps(interval, kind, growth, cap, stop):

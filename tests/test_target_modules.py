@@ -4,13 +4,15 @@ import re
 
 import pytest
 import torch
+import transformers
 from common import loqt_config
 from peft import get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
-from loqt_peft.target_modules import TARGET_MODULES_MAPPING
-from loqt_peft.update import loqt_layers
+from loqt_peft.layers.target_modules import TARGET_MODULES_MAPPING
+from loqt_peft.training.update import loqt_layers
 
 
 BERT = {
@@ -100,3 +102,127 @@ def test_other_models_mean_all_linear_layers_but_the_head():
     expected = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "score"}
     model = get_peft_model(model, loqt_config(r=4, task_type="SEQ_CLS"))
     assert {name for name, _ in loqt_layers(model.base_model.model)} == expected
+
+
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+}
+VISION = {**IMAGE, "patch_size": 8}
+AUDIO = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 8),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 50,
+    "classifier_proj_size": 16,
+    "tdnn_dim": (16, 16),
+    "tdnn_kernel": (2, 2),
+    "tdnn_dilation": (1, 1),
+    "xvector_output_dim": 16,
+}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 50,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+CLIP = {"text_config": {**BERT, "eos_token_id": 2, "bos_token_id": 1}, "vision_config": VISION, "projection_dim": 16}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 40,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+# class of the model -> its configuration, and the linear layers that are heads
+HEADS = {
+    "ViTForImageClassification": (VISION, {"classifier"}),
+    "ViTForMaskedImageModeling": ({**VISION, "encoder_stride": 8}, set()),
+    "ViTMAEForPreTraining": (
+        {**VISION, "decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+        | {"decoder_intermediate_size": 32},
+        # its decoder has blocks of its own
+        {"decoder.decoder_embed", "decoder.decoder_pred"},
+    ),
+    "DeiTForImageClassificationWithTeacher": (VISION, {"cls_classifier", "distillation_classifier"}),
+    "CLIPModel": (CLIP, set()),
+    "CLIPForImageClassification": (CLIP, {"classifier"}),
+    "Wav2Vec2ForCTC": (AUDIO, {"lm_head"}),
+    "Wav2Vec2ForSequenceClassification": (AUDIO, {"projector", "classifier"}),
+    "Wav2Vec2ForXVector": (
+        AUDIO,
+        {"projector", "tdnn.0.kernel", "tdnn.1.kernel", "feature_extractor", "classifier"},
+    ),
+    "HubertForSequenceClassification": (AUDIO, {"projector", "classifier"}),
+    "WhisperForConditionalGeneration": (
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32},
+        {"proj_out"},
+    ),
+    "BartForConditionalGeneration": (SEQ2SEQ, {"lm_head"}),
+    "BartForSequenceClassification": (SEQ2SEQ, {"classification_head.dense", "classification_head.out_proj"}),
+    "BartForQuestionAnswering": (SEQ2SEQ, {"qa_outputs"}),
+    "GPT2LMHeadModel": (GPT2, {"lm_head"}),
+    "GPT2ForTokenClassification": (GPT2, {"classifier"}),
+    "GPT2DoubleHeadsModel": (GPT2, {"lm_head", "multiple_choice_head.summary"}),
+    "FunnelForMaskedLM": (
+        {"vocab_size": 50, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 2, "d_head": 16}
+        | {"d_inner": 64},
+        {"lm_head"},
+    ),
+    "RoFormerForMaskedLM": (BERT, {"cls.predictions.transform.dense", "cls.predictions.decoder"}),
+    "LongformerForQuestionAnswering": ({**BERT, "attention_window": 4}, {"qa_outputs"}),
+}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_no_default_targets(name, targets):
+    settings, heads = HEADS[name]
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**settings))
+    linear = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    assert heads <= linear
+    model = get_peft_model(model, loqt_config(r=4, task_type=None, target_modules=targets))
+    assert {n for n, _ in loqt_layers(model.base_model.model)} == linear - heads
+
+
+def test_a_head_that_is_named_is_a_target():
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+    model = get_peft_model(model, loqt_config(r=2, task_type=None, target_modules=["classifier"]))
+    assert [n for n, _ in loqt_layers(model.base_model.model)] == ["classifier"]
+
+
+def test_a_second_adapter_has_the_same_default_targets():
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+    config = {"r": 4, "task_type": None, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    model = get_peft_model(model, loqt_config(**config))
+    model.add_adapter("second", loqt_config(**config))
+    layers = [layer for _, layer in loqt_layers(model)]
+    assert len(layers) == 6 and all(set(layer.loqt_B) == {"default", "second"} for layer in layers)
+
+
+def test_the_head_of_a_model_of_no_known_kind():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+    model = get_peft_model(model, loqt_config(r=2, task_type=None, target_modules="all-linear"))
+    assert [n for n, _ in loqt_layers(model.base_model.model)] == ["body.0"]

@@ -17,8 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback, performance
-from loqt_peft.update import loqt_layers
+from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
+from loqt_peft.training import performance
+from loqt_peft.training.update import loqt_layers
 
 
 LOGGED = {
@@ -315,7 +316,9 @@ def test_embedded_inputs_count_as_tokens(tmp_path, clock):
 def test_memory_of_a_device(monkeypatch):
     calls = []
     for name, value in (("max_memory_allocated", 3), ("max_memory_reserved", 5), ("reset_peak_memory_stats", None)):
-        monkeypatch.setattr(torch.accelerator, name, lambda device, n=name, v=value: calls.append((n, device)) or v)
+        monkeypatch.setattr(torch.cuda, name, lambda device, n=name, v=value: calls.append((n, device)) or v)
+        # not every torch that works has those of `torch.accelerator`
+        monkeypatch.delattr(torch.accelerator, name, raising=False)
     device = torch.device("cuda", 1)
     memory = PerformanceCallback._take_peak_memory(device)
     assert memory == {"loqt/peak_memory_allocated": 3, "loqt/peak_memory_reserved": 5}
@@ -323,12 +326,12 @@ def test_memory_of_a_device(monkeypatch):
 
 
 def test_counting_tokens_breaks_no_graph():
-    net, callback = torch.nn.Linear(4, 4), PerformanceCallback()
+    net, callback = torch.nn.Embedding(4, 4), PerformanceCallback()
     callback._count_tokens(net, torch.device("cpu"))
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for _ in range(3):
-        compiled(torch.ones(2, 4))
+        compiled(torch.ones(2, 4, dtype=torch.int64))
     assert callback._tokens.item() == 3 * 8
     assert counter.frame_count == 1
 

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils import is_galore_torch_available
 
 from loqt_peft import LoQTTrainerCallback, PerformanceCallback, per_layer_optimizer
-from loqt_peft.target_modules import TARGET_MODULES_MAPPING
+from loqt_peft.layers.target_modules import TARGET_MODULES_MAPPING
 
 
 # what the examples share lies beside their folders

@@ -14,8 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .. import register
-from ..checkpoint import saved_base_quantization
 from ..config import LoQTConfig
+from ..saving.seal import saved_base_quantization
 
 
 register()

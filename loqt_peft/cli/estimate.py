@@ -18,7 +18,7 @@ from ..choices import (
 
 
 if TYPE_CHECKING:
-    from ..memory import MemoryEstimate, MemoryPlan
+    from ..memory.estimate import MemoryEstimate, MemoryPlan
 
 
 GB = 10**9
@@ -74,7 +74,9 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--full-rank", action=yes_no, help="train embeddings, norms and head (default: by method)")
     parser.add_argument("--retain-base", choices=RETAIN_BASE, help="default: cpu")
     parser.add_argument("--error-feedback", action=yes_no, help="keep what quantization leaves over, on the host")
-    parser.add_argument("--gpu", metavar="SIZE", default=None, help="memory of the device, as 24GiB")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", default=None, help="memory of the device, as 24GiB; 24 alone counts GiB"
+    )
     parser.add_argument(
         "--simulate",
         action="store_true",
@@ -91,7 +93,7 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
 
 def estimate_command(options: argparse.Namespace) -> None:
     """Print an estimate or a plan."""
-    from ..memory import estimate_memory, plan_memory
+    from ..memory.estimate import estimate_memory, plan_memory
 
     chosen = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     how = {"simulate": options.simulate, "all_layers": options.all_layers}
@@ -123,7 +125,7 @@ def _settings(estimate: MemoryEstimate, names: tuple[str, ...] = FIELDS) -> str:
 
 
 def _margin() -> str:
-    from ..memory import CONTEXT_BYTES, FRAGMENTATION
+    from ..memory.estimate import CONTEXT_BYTES, FRAGMENTATION
 
     return (
         f"assumed margin: {FRAGMENTATION:.0%} for the allocator, {CONTEXT_BYTES // 1024**2} MiB for the CUDA context"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .doctor import add_doctor_parser
 from .estimate import add_estimate_parser
 from .export import add_export_parser
 
@@ -14,6 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_export_parser(commands)
     add_estimate_parser(commands)
+    add_doctor_parser(commands)
     return parser
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loqt_peft import LoQTConfig
-from loqt_peft.layer import LoQTLayer
+from loqt_peft.layers.layer import LoQTLayer
 
 from . import cases
 from .adoption import CaseLists, adopt, exchanged_tests, load, with_marks

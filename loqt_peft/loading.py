@@ -1,0 +1,147 @@
+"""What a loader has written into a model is verified before anything is computed with it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import LoQTConfig
+from .findings import Finding, report
+from .layers.full_rank import names_outside_layers
+from .layers.layer import LoQTLayer
+from .saving.seal import ERROR, TENSORS, canonical
+from .saving.verify import verify_adapter
+from .training.update import loqt_layers
+
+
+# in the keys of what belongs to a LoQT layer
+_LOQT_PART = ".loqt_"
+# in the names of modules, but not in those of the state dict
+_FSDP_PREFIX = "_fsdp_wrapped_module."
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
+    """The layers of an adapter, by their names in the state dict."""
+    return {
+        name.removeprefix(_FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
+    }
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    embeddings = []
+    for side in ("input", "output"):
+        # models of two towers, of images or of sound have no such module, and say so in this way
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, f"get_{side}_embeddings")())
+    return {name: module for name, module in model.named_modules() if any(module is e for e in embeddings)}
+
+
+def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
+    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
+    replaced = {f"{name}.base_layer.weight" for name in layers_of(model, adapter_name)}
+    return any(
+        not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)
+        for name, _ in model.named_parameters()
+    )
+
+
+def verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """See `verify_adapter`; what `modules_to_save` brings has its name in the model already."""
+    names = names_outside_layers(model, config, adapter_name)
+    keys = {canonical(name): key for key, name in names.items()}
+    # PEFT adds those of a resized vocabulary by itself, outside the reach of a tuner
+    embeddings = tuple(f"{canonical(name)}." for name in _embeddings(model))
+    adapter = {}
+    for key, tensor in state_dict.items():
+        key = canonical(key)
+        if key in keys or key in names or _LOQT_PART in key or not key.startswith(embeddings):
+            adapter[keys.get(key, key)] = tensor
+    own = model.state_dict()
+    warning = verify_adapter(
+        layers_of(model, adapter_name),
+        {key: own[name] for key, name in names.items()},
+        adapter_name,
+        adapter,
+        base_is_needed=_uses_base(model, adapter_name, set(names.values())),
+    )
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+
+
+def tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
+    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
+    # of which PEFT trains a copy is no longer tied
+    copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
+    if hasattr(model, "tie_weights") and not copied:
+        model.tie_weights()
+
+
+class VerifyOnFirstUse:
+    """Verifies an adapter before anything is computed with it, or made from it.
+
+    Loaders other than PEFT's write into the model by themselves, and a config may say that something was to be loaded where
+    nothing was. It is a forward pre-hook of every module, so that it does not matter which one is called, and each layer
+    knows it (`LoQTLayer.verify`). Once there is nothing left to verify, nothing of it is left in the model.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        for layer in layers_of(model, adapter_name).values():
+            layer.verifications[adapter_name] = self
+        self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.verify()
+
+    def verify(self) -> None:
+        layers = layers_of(self.model, self.adapter_name)
+        seals = [layer.loqt_seal[self.adapter_name] for layer in layers.values()]
+        # zeros: PEFT loaded the adapter, or nobody did
+        if any(seal.any() for seal in seals):
+            self._verify_loaded(layers)
+        elif layers:
+            report(loading_findings(self.model.peft_config[self.adapter_name], self.adapter_name, layers))
+        self.end()
+
+    def _verify_loaded(self, layers: dict[str, LoQTLayer]) -> None:
+        tie_weights_after_load(self.model)
+        config, own = self.model.peft_config[self.adapter_name], self.model.state_dict()
+        saved = {
+            f"{name}.{part}": getattr(layer, part)[self.adapter_name]
+            for name, layer in layers.items()
+            for part in (*TENSORS, ERROR, "loqt_seal")
+            if self.adapter_name in getattr(layer, part)
+        }
+        saved |= {key: own[name] for key, name in names_outside_layers(self.model, config, self.adapter_name).items()}
+        verify(self.model, config, self.adapter_name, saved)
+        for layer in layers.values():
+            layer.leave_inference_mode()
+            layer.loqt_seal[self.adapter_name].zero_()
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for layer in layers_of(self.model, self.adapter_name).values():
+            layer.verifications.pop(self.adapter_name, None)
+
+
+def loading_findings(config: LoQTConfig, adapter_name: str, layers: dict[str, LoQTLayer]) -> list[Finding]:
+    """Whether an adapter whose config speaks of updates has been through any; without, it is the untrained base model."""
+    if not config.num_updates or not layers or any(layer.num_updates(adapter_name) for layer in layers.values()):
+        return []
+    return [
+        Finding(
+            "error",
+            "nothing_loaded",
+            f"The LoQT adapter {adapter_name!r} was made with a config of num_updates={config.num_updates}, that of a trained "
+            "adapter, but nothing was loaded into it.",
+            "Load it with `PeftModel.from_pretrained` or `load_adapter`; to copy an adapter of this model, pass the very "
+            "config, `model.peft_config[name]`; to train a new one with these settings, set `config.num_updates = 0` first.",
+        )
+    ]

@@ -1,0 +1,1 @@
+"""What a saved adapter holds, how it is proved unchanged, and what is written beside it."""

@@ -1,0 +1,1 @@
+"""From an optimizer step to an update of the whole model, over all processes."""
