@@ -9,11 +9,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .findings import report
 from .health import trainer_findings
+from .layers.layer import active_layers
 from .layers.weight_shares import weight_shares
 from .saving.model_card import keep_loqt_section, write_model_card
 from .training.distributed import tell_ddp
+from .training.figures import LoQTUpdate
 from .training.performance import PerformanceCallback, callback_handler
-from .training.update import LoQTUpdate, active_layers, begin_step, cancel_step, end_step
+from .training.update import begin_step, cancel_step, end_step
 
 
 class LoQTTrainerCallback(PerformanceCallback):

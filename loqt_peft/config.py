@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -70,8 +70,8 @@ class LoQTConfig(PeftConfig):
             called here.
     """
 
-    # called with a config and the folder that it was saved in
-    on_saved: ClassVar[list[Callable[[LoQTConfig, str], None]]] = []
+    # called with a config and the folder that it was saved in; without an annotation, since it is no field
+    on_saved = []
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(

@@ -42,3 +42,21 @@ def report(findings: Iterable[Finding], stacklevel: int = 2) -> None:
             warnings.warn(str(finding), stacklevel=stacklevel + 1)
     if errors:
         raise ValueError(errors[0] if len(errors) == 1 else "\n- ".join(["Several things are wrong:", *errors]))
+
+
+def report_once(holder: object, findings: Iterable[Finding], stacklevel: int = 2) -> None:
+    """[`report`] errors always, and of each kind of warning the first.
+
+    Args:
+        holder (`object`): What remembers the kinds of which a word was said, as the model.
+        findings: What was found.
+        stacklevel (`int`): As in `warnings.warn`.
+
+    Raises:
+        ValueError: If any finding is an error.
+    """
+    findings = list(findings)
+    told = vars(holder).setdefault("_loqt_told", set())
+    new = [finding for finding in findings if finding.severity == "error" or finding.code not in told]
+    told.update(finding.code for finding in findings)
+    report(new, stacklevel=stacklevel + 1)

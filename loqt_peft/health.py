@@ -22,12 +22,12 @@ from transformers.training_args import ParallelMode
 
 from .config import LoQTConfig
 from .findings import Finding
-from .layers.layer import LoQTLayer
+from .layers.layer import LoQTLayer, active_layers, loqt_layers
 from .layers.training_watch import HOW_TO_ATTEND, never_updated_findings, unattended_findings
 from .layers.weight_shares import WeightShares, weight_shares
 from .saving.base_name import base_name_findings
+from .training.figures import SMALLEST_CHANGE_TO_ERROR
 from .training.optimizer_state import optimizer_findings
-from .training.update import SMALLEST_CHANGE_TO_ERROR, active_layers, loqt_layers
 
 
 # whose versions a bug report needs
@@ -157,7 +157,7 @@ def model_findings(model: nn.Module, adapter_name: str) -> list[Finding]:
     layers = _layers(model, adapter_name)
     try:
         for _, layer in layers:
-            layer.verify()
+            layer.verify(adapter_name)
     except ValueError as error:
         return _error(
             "not_verified", str(error), "Load an adapter that was saved whole, on the base that it was made for."

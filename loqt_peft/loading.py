@@ -12,10 +12,9 @@ from torch import nn
 from .config import LoQTConfig
 from .findings import Finding, report
 from .layers.full_rank import names_outside_layers
-from .layers.layer import LoQTLayer
+from .layers.layer import LoQTLayer, loqt_layers
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
-from .training.update import loqt_layers
 
 
 # in the keys of what belongs to a LoQT layer
@@ -41,7 +40,7 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _uses_base(model: nn.Module, adapter_name: str, held: set[str]) -> bool:
-    """Whether there are parameters that neither the adapter holds nor its drifted weights replace."""
+    """Whether there are parameters that neither the adapter holds nor its own weights replace."""
     replaced = {f"{name}.base_layer.weight" for name in layers_of(model, adapter_name)}
     return any(
         not (name in held or name in replaced or ".loqt_B." in name or ".original_module." in name)
@@ -73,8 +72,8 @@ def verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: 
 
 
 def tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:
-    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights
-    # of which PEFT trains a copy is no longer tied
+    # a loader that assigns, as with `low_cpu_mem_usage` or that of transformers, replaces one of two tied weights; a module of
+    # which PEFT trains a copy is no longer tied
     copied = any(isinstance(module, AuxiliaryTrainingWrapper) for module in _embeddings(model).values())
     if hasattr(model, "tie_weights") and not copied:
         model.tie_weights()
@@ -91,13 +90,15 @@ class VerifyOnFirstUse:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
-        for layer in layers_of(model, adapter_name).values():
+        self.layers = list(layers_of(model, adapter_name).values())
+        for layer in self.layers:
             layer.verifications[adapter_name] = self
         self.hooks = [module.register_forward_pre_hook(self) for module in model.modules()]
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.verify()
+        if any(self.adapter_name in layer.active_adapters for layer in self.layers[:1]):
+            self.verify()
 
     def verify(self) -> None:
         layers = layers_of(self.model, self.adapter_name)
@@ -127,7 +128,7 @@ class VerifyOnFirstUse:
     def end(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in layers_of(self.model, self.adapter_name).values():
+        for layer in self.layers:
             layer.verifications.pop(self.adapter_name, None)
 
 

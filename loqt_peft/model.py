@@ -21,7 +21,8 @@ from .export import ExportReport, export
 from .findings import report
 from .health import saving_findings
 from .layers.full_rank import full_rank_parameters, names_outside_layers
-from .layers.layer import Linear, LoQTLayer
+from .layers.layer import LoQTLayer, loqt_layers
+from .layers.linear import Linear
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
@@ -29,7 +30,8 @@ from .loading import VerifyOnFirstUse, layers_of, tie_weights_after_load, verify
 from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
-from .training.update import LoQTUpdate, begin_step, cancel_step, end_step, loqt_layers, record_updates
+from .training.figures import LoQTUpdate
+from .training.update import begin_step, cancel_step, end_step, record_updates
 
 
 class LoQTModel(BaseTuner):
@@ -202,7 +204,7 @@ class LoQTModel(BaseTuner):
             and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
         ):
             for layer in layers:
-                layer.verify()
+                layer.verify(source)
                 layer.copy_adapter(source, adapter_name)
         elif config.format_version is not None or config.num_updates:
             VerifyOnFirstUse(model, adapter_name)
@@ -222,7 +224,7 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         layers = layers_of(model, adapter_name)
         for layer in layers.values():
-            layer.verify()
+            layer.verify(adapter_name)
         # the config is saved next, and by it a loader knows what there is to load
         record_updates(model, adapter_name)
         report_base_name(model)
@@ -242,7 +244,7 @@ class LoQTModel(BaseTuner):
         # PEFT maps only keys that the model has a slot for
         state_dict = dict(state_dict)
         updates = [0]
-        for verification in {layer.verifications.pop(adapter_name, None) for layer in layers.values()} - {None}:
+        for verification in {layer.verifications.get(adapter_name) for layer in layers.values()} - {None}:
             verification.end()
         for name, layer in layers.items():
             prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
@@ -273,7 +275,7 @@ class LoQTModel(BaseTuner):
         # before PEFT takes the first piece out
         for _, layer in loqt_layers(self.model):
             if adapter_name in layer.loqt_B:
-                layer.require_base("Deleting the adapter")
+                layer.base.require("Deleting the adapter")
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from loqt_peft import LoQTTrainerCallback
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.training import performance
-from loqt_peft.training.update import loqt_layers
 
 
 def main(output_dir, batch_size, accumulation, update_mode, projection):
@@ -32,9 +32,9 @@ def main(output_dir, batch_size, accumulation, update_mode, projection):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
             if state.global_step == 0:
                 for name, layer in loqt_layers(model):
-                    if layer.captured_gradient is None:
+                    if layer.capture.gradient is None:
                         continue
-                    gradient = layer.captured_gradient.clone()
+                    gradient = layer.capture.gradient.clone()
                     if dist.is_initialized():
                         dist.all_reduce(gradient)
                         gradient /= dist.get_world_size()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import bitsandbytes as bnb
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from loqt_peft import LoQTConfig
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
 
 
 BASES = ["dense", "4bit", "4bit-double"]
@@ -318,6 +319,11 @@ def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
 
+    plain = load_llama(base_dir, "dense")
+    plain.load_adapter(str(tmp_path))
+    plain.add_adapter(plain.peft_config["default"], "twin")
+    assert plain.active_adapters() == ["twin"] and torch.equal(logits(plain), first)
+
     # one that was read, or written by hand, and nothing that was loaded
     message = "'other' was made with a config of num_updates=2, .* nothing was loaded into it"
     for use in (logits, lambda m: m.save_pretrained(tmp_path / "no"), lambda m: m.merge_adapter(), train_steps_once):
@@ -330,6 +336,17 @@ def test_a_trained_config_asks_for_a_trained_adapter(base_dir, tmp_path):
     state = get_peft_model_state_dict(model)
     set_peft_model_state_dict(fresh, state, "other")
     assert torch.equal(logits(fresh), first)
+    # where loading fails, the others go on working
+    shutil.copytree(tmp_path, tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "loqt_alpha": 2.0}))
+    with pytest.raises(ValueError, match="Another scale"):
+        model.load_adapter(tmp_path / "broken", "broken")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("broken")
+    with pytest.raises(ValueError, match="nothing was loaded into it"):
+        logits(model)
     # a second one is loaded beside the first
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")

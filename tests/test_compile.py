@@ -6,7 +6,7 @@ from common import load_llama, loqt_config, tiny_llama, token_batch
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def train(base_dir, base, backend=None, **kwargs):
         forward(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         gradients += [
-            layer.captured_gradient.clone() for _, layer in loqt_layers(model) if layer.captured_gradient is not None
+            layer.capture.gradient.clone() for _, layer in loqt_layers(model) if layer.capture.gradient is not None
         ]
         model.end_step(optimizer)
         optimizer.zero_grad()

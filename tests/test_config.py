@@ -1,5 +1,9 @@
+import dataclasses
+import inspect
 import json
 import pickle
+import re
+import warnings
 
 import peft
 import pytest
@@ -8,6 +12,7 @@ from peft.utils import PeftType
 
 import loqt_peft
 from loqt_peft import LoQTConfig
+from loqt_peft.config import OTHER_NAMES, PAPER
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,87 @@ def test_recipe_of_the_paper(size, r, scale, compensation_steps):
     assert config.schedule.update_steps(steps[-1] + 1) == steps
     changed = LoQTConfig.paper(size, r=8, quantize_weight=None)
     assert (changed.r, changed.quantize_weight, changed.loqt_alpha) == (8, None, scale)
+
+
+@pytest.mark.parametrize("size", ["60M", "1B", "130m"])
+def test_size_of_the_paper_in_any_case(size):
+    assert LoQTConfig.paper(size) == LoQTConfig.paper(size.lower())
+
+
+@pytest.mark.parametrize("size", ["7b", 60, None])
+def test_what_is_no_size_of_the_paper(size):
+    with pytest.raises(ValueError, match=f"size={size!r} is not allowed"):
+        LoQTConfig.paper(size)
+
+
+###############################
+# Habits from other methods
+###############################
+
+
+@pytest.mark.parametrize(
+    "kwargs, named",
+    [
+        ({"loqt_alpha": 32}, "loqt_alpha=32"),
+        ({"alpha_pattern": {"q_proj": 16.0}}, r"alpha_pattern\['q_proj'\]=16.0"),
+    ],
+)
+def test_scale_of_lora_brings_a_warning(kwargs, named):
+    with pytest.warns(
+        UserWarning, match=f"^{named}: .* is not divided by r .* 0.25 to 0.5 in pretraining and 2 on GLUE"
+    ):
+        LoQTConfig(**kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"loqt_alpha": 2}, {"loqt_alpha": 4.0}, {"loqt_alpha": "auto"}])
+def test_sensible_scales_bring_none(kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoQTConfig(**kwargs)
+        for size in PAPER:
+            LoQTConfig.paper(size)
+
+
+def test_saved_adapter_of_a_large_scale_loads_in_silence(tmp_path):
+    with pytest.warns(UserWarning, match="loqt_alpha=16"):
+        LoQTConfig(loqt_alpha=16).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PeftConfig.from_pretrained(tmp_path).loqt_alpha == 16
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("lora_alpha", "`loqt_alpha`: s itself, not divided by r"),
+        ("rank", "`r`"),
+        ("lora_dropout", "Leave it out"),
+        ("use_dora", "Leave it out"),
+        ("update_proj_gap", "`update_interval`"),
+        # slips of the pen
+        ("update_intervall", "Is it `update_interval` that is meant?"),
+    ],
+)
+def test_name_of_another_method_is_answered(name, hint):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'") as error:
+        LoQTConfig(**{name: 1})
+    assert hint in str(error.value)
+
+
+def test_every_answer_names_fields_that_there_are():
+    assert not OTHER_NAMES.keys() & LoQTConfig.__dataclass_fields__.keys()
+    named = {name for hint in OTHER_NAMES.values() for name in re.findall(r"`(\w+)`", hint)}
+    assert named <= LoQTConfig.__dataclass_fields__.keys()
+
+
+def test_unknown_keys_of_a_saved_config_are_left_out(tmp_path):
+    # PEFT's way with a config that a later version has written
+    LoQTConfig(r=7).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 16, "of_the_future": 1}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['lora_alpha', 'of_the_future'\]"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 7
+    assert list(inspect.signature(LoQTConfig).parameters) == [f.name for f in dataclasses.fields(LoQTConfig) if f.init]
 
 
 def test_unknown_size_of_the_paper():

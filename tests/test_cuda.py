@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from loqt_peft.layers import host_memory
 from loqt_peft.layers.host_memory import HostCopy
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from loqt_peft.algorithm import compensation, projection, quantization
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import loqt_peft.layers.layer
 from loqt_peft.algorithm.quantization import on_device, storage_format
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers import base_weight
+from loqt_peft.layers.layer import loqt_layers
 
 
 class Transfers(TorchDispatchMode):
@@ -68,7 +68,7 @@ def test_an_offloaded_base_travels_as_it_is_stored(base_dir, base, most):
         with torch.no_grad(), Transfers() as forward:
             assert layer._base_forward(x).shape == (2, 3, layer.out_features)
         with torch.no_grad(), Transfers() as change:
-            assert layer._base_weight().dtype == torch.float32
+            assert layer.base.value(layer.compute_device).dtype == torch.float32
         for transfers in (forward, change):
             assert transfers.nbytes <= limit and not transfers.converted
         # and it stays where it was
@@ -90,7 +90,7 @@ def test_an_offloaded_base_computes_what_it_would_compute_on_the_device(base_dir
     expected, weight = layer._base_forward(x), layer.get_base_layer().weight
     # the other way round: the weight is on the host and comes to the device
     layer.get_base_layer().weight = on_device(weight, torch.device("meta"))
-    monkeypatch.setattr(loqt_peft.layers.layer, "on_device", lambda *_: weight)
+    monkeypatch.setattr(base_weight, "on_device", lambda *_: weight)
     assert torch.equal(layer._base_forward(x), expected)
     assert layer.get_base_layer().weight.device.type == "meta"
 
@@ -100,7 +100,7 @@ def test_writing_the_state_and_packing_copy_nothing_from_the_host():
     layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
     with torch.no_grad(), Transfers() as transfers:
-        layer._write_state("default", 3, True)
+        layer.updates._write("default", 3, True)
         assert not transfers.moved
         for quant_type, double_quant in (("nf4", False), ("fp4", False), ("nf4", True)):
             storage = storage_format((64, 48), quant_type, double_quant, torch.float32)
@@ -113,7 +113,7 @@ def test_writing_the_state_and_packing_copy_nothing_from_the_host():
 
 def test_the_state_of_an_update_is_written_element_by_element():
     layer = next(layer for _, layer in loqt_layers(get_peft_model(tiny_llama(), loqt_config())))
-    layer._write_state("default", 3, True)
+    layer.updates._write("default", 3, True)
     assert layer.loqt_state["default"].tolist() == [3, 1]
     assert layer.num_updates("default") == 3 and layer.update_pending("default")
     layer.loqt_state["default"].copy_(torch.tensor([5, 0]))

@@ -15,10 +15,10 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from loqt_peft import LoQTTrainerCallback, update
-from loqt_peft.layers.layer import LoQTLayer
+from loqt_peft import LoQTTrainerCallback
+from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.training import distributed
 from loqt_peft.training.distributed import ignored_by_ddp, tell_ddp
-from loqt_peft.training.update import loqt_layers
 
 
 def run(output_dir, processes, batch_size, accumulation, update_mode, projection):
@@ -89,14 +89,14 @@ class Processes:
 @pytest.mark.parametrize("projection", ["randomized", "random"])
 def test_processes_work_on_layers_at_the_same_time(monkeypatch, rank, projection):
     processes = Processes(rank)
-    monkeypatch.setattr(update, "dist", processes)
-    compute_switch = LoQTLayer.compute_switch
+    monkeypatch.setattr(distributed, "dist", processes)
+    compute_switch = distributed.compute_switch
 
     def compute(layer, *args):
         processes.log.append("work")
         return compute_switch(layer, *args)
 
-    monkeypatch.setattr(LoQTLayer, "compute_switch", compute)
+    monkeypatch.setattr(distributed, "compute_switch", compute)
     model = get_peft_model(tiny_llama(num_hidden_layers=1), loqt_config(projection=projection)).train()
     model.begin_step(0)
     model(input_ids=token_batch(), labels=token_batch()).loss.backward()

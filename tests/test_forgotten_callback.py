@@ -23,8 +23,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from loqt_peft import LoQTTrainerCallback
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.layers.training_watch import never_updated_findings
-from loqt_peft.training.update import loqt_layers
 
 
 EMPTY = "is still empty after a backward pass in training, so B cannot learn"

@@ -1,6 +1,7 @@
 """The forward and backward pass of a layer, against matrices that are written out."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_peft.algorithm import linear_map as functional
 from loqt_peft.algorithm.linear_map import cheapest, operations
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.training.switching import project_gradient
 
 
 WAYS = ["branch", "thin", "weight"]
@@ -115,7 +117,7 @@ def test_operations_are_those_that_torch_counts(way, shape, needs_x, needs_B, re
     layer = drifted(shape, bias=False, quantize_weight=None, quantize_projection=None)
     layer.loqt_B["default"].requires_grad_(needs_B)
     if records := records and (needs_x or needs_B):
-        layer.start_capture("default", False)
+        layer.capture.start("default", partial(project_gradient, layer, "default"))
     force(way)
     x = torch.randn(50, shape[1], requires_grad=needs_x)
     mapping = {torch.ops.aten.addmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * b[1]}
@@ -182,12 +184,12 @@ def test_every_way_equals_the_written_out_matrices(way, shape, r, records, force
     expected = output_and_gradients(layer, written_out, x, grad_y)
     force(way)
     if records:
-        layer.start_capture("default", False)
+        layer.capture.start("default", partial(project_gradient, layer, "default"))
     for mine, theirs in zip(output_and_gradients(layer, layer, x, grad_y), expected, strict=True):
         assert mine.shape == theirs.shape and relative(mine, theirs) <= 1e-6
     if records:
         exact = grad_y.reshape(100, -1).T @ x.detach().reshape(100, -1)
-        assert torch.equal(layer.captured_gradient, exact)
+        assert torch.equal(layer.capture.gradient, exact)
     assert torch.equal(layer.loqt_weight["default"], packed)
 
 
@@ -213,7 +215,7 @@ def test_16_bits_are_as_near_to_float32_as_separate_products(dtype, way, shape, 
     def errors(way):
         force(way)
         if records:
-            layer.start_capture("default", False)
+            layer.capture.start("default", partial(project_gradient, layer, "default"))
         with torch.autocast("cpu", dtype=dtype):
             found = output_and_gradients(layer, layer, x, grad_y.to(dtype))
         return [relative(mine, theirs) for mine, theirs in zip(found[:3], exact[:3], strict=True)]
@@ -304,7 +306,7 @@ def test_a_model_trains_as_with_separate_products(base, checkpointing, r, force,
             loss.backward()
             forward.append(loss.detach())
             found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-            found.append([layer.captured_gradient for _, layer in loqt_layers(model) if records])
+            found.append([layer.capture.gradient for _, layer in loqt_layers(model) if records])
     assert len(found[0]) >= 14 and len(found[3]) == 14
     for mine, theirs in zip(found[:4], found[4:], strict=True):
         assert all(relative(a, b) <= 2e-6 for a, b in zip(mine, theirs, strict=True))
@@ -327,4 +329,4 @@ def test_output_can_be_written_to(switches, captures):
             assert model.end_step() is not None
     if captures:
         expected = torch.arange(12.0).unsqueeze(1) * x.sum((0, 1))
-        assert torch.allclose(layer.captured_gradient, expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(layer.capture.gradient, expected, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import (
 
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
 from loqt_peft.cli.main import main
-from loqt_peft.memory.estimate import required_bytes
-from loqt_peft.memory.estimate.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory.estimate.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.memory import parse_bytes, required_bytes
+from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
+from loqt_peft.memory.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.training.switching import compute_switch, project_gradient
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"
@@ -149,11 +151,11 @@ def test_error_feedback_needs_no_more_memory_at_a_switch(r):
             model.begin_step(step)
             (model(torch.randn(8, 256)) * torch.randn(8, 256)).sum().backward()
             model.end_step()
-        projected = layer.project_gradient("default", torch.randn(256, 256))
+        projected = project_gradient(layer, "default", torch.randn(256, 256))
         assert bool(layer.loqt_error) is error_feedback
         gc.collect()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            layer.compute_switch("default", projected)
+            compute_switch(layer, "default", projected)
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
@@ -492,3 +494,46 @@ def test_command_line_errors(capsys, arguments, message):
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ("24", 24 * 2**30),
+        (24, 24 * 2**30),
+        (23.5, int(23.5 * 2**30)),
+        ("80 ", 80 * 2**30),
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("24 gb", 24 * 10**9),
+        ("24576MiB", 24 * 2**30),
+        ("24B", 24),
+        (24 * 10**9, 24 * 10**9),
+        (2**27, 2**27),
+    ],
+)
+def test_size_of_a_device(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize("size", [4096, "24576", 2**27 - 1])
+def test_number_that_could_count_anything(size):
+    with pytest.raises(ValueError, match=f"budget={size!r} is not allowed without a unit.*as '{size}MiB'"):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize("size", [0, -24, "24G", True, ""])
+def test_size_that_is_none(size):
+    with pytest.raises(
+        ValueError, match=re.escape(f"budget={size!r} is not allowed: a positive size such as '24GiB'")
+    ):
+        parse_bytes(size)
+
+
+def test_number_alone_means_the_same_everywhere(capsys):
+    path = CONFIGS / "llama_60m.json"
+    _, out, _ = run(capsys, path, "--gpu", "24", "--json")
+    assert json.loads(out)["budget_bytes"] == 24 * 2**30
+    assert estimate_memory(path, budget=24).budget == plan_memory(path, 24, limit=1).budget == 24 * 2**30
+    # a plan hands on what it has read
+    assert plan_memory(path, "100MB", limit=1).smallest.budget == 10**8

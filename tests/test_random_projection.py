@@ -12,8 +12,9 @@ from torch import nn
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.algorithm.compensation import compensate
 from loqt_peft.algorithm.projection import random_projection
-from loqt_peft.layers.layer import LoQTLayer
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.capture import GradientCapture
+from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.training import distributed
 
 
 def random_model(**fields):
@@ -67,8 +68,8 @@ def test_no_gradient_of_a_weight_is_formed_and_nothing_more_is_saved_for_it(monk
     def formed(*args):
         raise AssertionError
 
-    for name in ("accumulate_gradient", "project_gradient"):
-        monkeypatch.setattr(LoQTLayer, name, formed)
+    monkeypatch.setattr(GradientCapture, "add", formed)
+    monkeypatch.setattr(distributed, "project_gradient", formed)
     model = random_model(update_interval=3)
     optimizer = adamw(model)
     saved = {}

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from loqt_peft import LoQTTrainerCallback
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.training.performance import count_tokens
-from loqt_peft.training.update import loqt_layers
 
 
 WORDS = "a cat dog sits runs on the mat far away small big red house tree".split()

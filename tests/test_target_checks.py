@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.layers.target_checks import READ_NOT_CALLED
-from loqt_peft.training.update import loqt_layers
 
 
 def names_of(model):
@@ -200,12 +200,11 @@ def test_layers_that_loqt_cannot_act_on_are_refused_by_name(model_type, target, 
 
 
 def test_shared_layers_are_refused_with_what_to_exclude():
-    model = language_model("zamba2")
-    message = refused(
-        model, ["q_proj", "down_proj", "in_proj"], "shares its weight with 'model.layers.3.shared_transf"
-    )
-    assert message.endswith(r"exclude_modules='.*\\bshared_transformer\\..*'.")
-    model = wrap(model, ["q_proj", "down_proj", "in_proj"], exclude_modules=r".*\bshared_transformer\..*")
+    model, targets = language_model("zamba2"), ["q_proj", "down_proj", "in_proj"]
+    message = refused(model, targets, "the first one with 'model.layers.3.shared_transformer.self_attn.q_proj'")
+    advice = "(.*[.])?shared_transformer[.].*"
+    assert message.endswith(f"exclude_modules='{advice}'.")
+    model = wrap(model, targets, exclude_modules=advice)
     assert {name.rpartition(".")[2] for name in names_of(model.base_model.model)} == {"in_proj"}
 
 
@@ -327,7 +326,7 @@ def test_hooks_are_called_as_before_the_first_update():
     model.begin_step(2)
     model(x).sum().backward()
     gradient = torch.full((4, 8), 3.0).T @ (2 * x)
-    assert torch.allclose(layer.stop_capture()[0], gradient, rtol=1e-5)
+    assert torch.allclose(layer.capture.stop()[0], gradient, rtol=1e-5)
     # after merging they are the dense layer's
     merged = model.eval().merge_and_unload()
     assert merged[0] is linear
@@ -401,6 +400,14 @@ def test_hooks_that_only_align_devices_are_none_of_our_concern():
     with torch.no_grad():
         expected = model(tokens).logits
         assert torch.allclose(model.merge_and_unload()(tokens).logits, expected, atol=1e-5)
+
+
+def test_everything_that_is_wrong_is_said_at_once():
+    model = nn.ModuleDict({"a": Scaled(8, 8), "b": nn.Embedding(8, 8), "c": nn.Conv2d(8, 8, 1), "d": nn.Linear(8, 8)})
+    message = refused(model, ["a", "b", "c", "d"], "Several things are wrong")
+    for what in ("'a' is a Scaled", "'b' is a Embedding", "'c' is a Conv2d"):
+        assert what in message
+    assert "'d'" not in message
 
 
 def test_a_model_without_values_is_no_offloaded_one():

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.layers.target_modules import TARGET_MODULES_MAPPING
-from loqt_peft.training.update import loqt_layers
 
 
 BERT = {

@@ -18,8 +18,12 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
+from loqt_peft.algorithm import switch
+from loqt_peft.layers import stopwatch
+from loqt_peft.layers.capture import GradientCapture
+from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.linear import Linear
 from loqt_peft.training import performance
-from loqt_peft.training.update import loqt_layers
 
 
 LOGGED = {
@@ -172,7 +176,7 @@ def test_stop_in_the_middle_of_a_window_drops_the_partial_gradient(tmp_path):
         model, tmp_path, [LoQTTrainerCallback(), StopMidWindow()], gradient_accumulation_steps=3, max_steps=6
     )
     trainer.train()
-    assert all(layer.captured_gradient is None for _, layer in loqt_layers(model))
+    assert all(layer.capture.gradient is None for _, layer in loqt_layers(model))
     assert trainer.train().global_step >= 2
 
 
@@ -493,8 +497,9 @@ def test_steps_that_are_none(step):
 
 
 def test_no_warning_in_a_healthy_run():
-    model = LoQTConfig(r=4, task_type="CAUSAL_LM", update_interval=2)
-    model = get_peft_model(tiny_llama(), model)
+    base = tiny_llama()
+    base.name_or_path = "base"
+    model = get_peft_model(base, LoQTConfig(r=4, task_type="CAUSAL_LM", update_interval=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     with warnings.catch_warnings():
@@ -505,3 +510,111 @@ def test_no_warning_in_a_healthy_run():
             optimizer.step()
             model.end_step(optimizer)
             optimizer.zero_grad()
+
+
+###############################
+# What an update says of itself
+###############################
+
+
+def steps_with_updates(model, steps=4, lr=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    updates = []
+    for step in range(steps):
+        model.begin_step(step, lambda: True)
+        model(input_ids=token_batch(step), labels=token_batch(step)).loss.backward()
+        optimizer.step()
+        updates.append(model.end_step(optimizer))
+        optimizer.zero_grad()
+    return [update for update in updates if update is not None]
+
+
+def test_change_is_compared_with_the_error(tmp_path):
+    trainer = make_trainer(loqt_model(update_interval=2), tmp_path, [LoQTTrainerCallback()], max_steps=3)
+    trainer.train()
+    first, second = updates_of(trainer)
+    # the first merges nothing
+    assert "loqt/change_to_error" not in first
+    assert second["loqt/change_to_error"] == second["loqt/merged_change"] / second["loqt/quantization_error_after"]
+
+
+def test_there_is_no_error_without_quantization():
+    updates = steps_with_updates(loqt_model(update_interval=2, quantize_weight=None))
+    assert [update.change_to_error for update in updates] == [None, None]
+    assert all("loqt/change_to_error" not in update.metrics() for update in updates)
+
+
+@pytest.mark.parametrize(
+    "lr, fields, warns",
+    [
+        (2e-4, {}, True),
+        (2e-4, {"error_feedback": True}, False),
+        (2e-4, {"quantize_weight": None}, False),
+        (1e-2, {}, False),
+    ],
+)
+def test_change_that_quantization_loses(lr, fields, warns):
+    # of a base that lies on its 4-bit grid, as after an update, a small change is rounded away
+    model = loqt_model(update_interval=2, compensation_steps=0, **fields)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        updates = steps_with_updates(model, steps=8, lr=lr)
+    lost = [str(warning.message) for warning in recorded if "change_to_error" in str(warning.message)]
+    # once, though each of three updates lost it
+    assert len(lost) == warns and len(updates) == 4
+    if warns:
+        assert "loqt_alpha, a longer update_interval, or error_feedback=True helps" in lost[0]
+        assert all(update.change_to_error < 1 for update in updates[1:])
+
+
+class DeviceClock:
+    """A device that works off a queue, and events in it: what `torch.cuda` has, in seconds."""
+
+    def __init__(self):
+        self.done = 0.0
+
+    def work(self, function, seconds):
+        def queued(*args, **kwargs):
+            self.done += seconds
+            return function(*args, **kwargs)
+
+        return queued
+
+    def current_stream(self, device):
+        return self
+
+    def Event(self, enable_timing):
+        clock = self
+
+        class Event:
+            def record(self, stream):
+                self.at = clock.done
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1000 * (other.at - self.at)
+
+        return Event()
+
+
+@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("update_mode", ["backward", "whole"])
+@pytest.mark.parametrize("device", ["that works by itself", "cpu"])
+def test_seconds_are_those_of_the_update(monkeypatch, device, update_mode, projection):
+    clock = DeviceClock()
+    if device == "cpu":
+        monkeypatch.setattr(stopwatch, "time", types.SimpleNamespace(perf_counter=lambda: clock.done))
+    else:
+        monkeypatch.setattr(stopwatch, "device_module", lambda device: clock)
+    monkeypatch.setattr(switch, "project", clock.work(switch.project, 2.0))
+    monkeypatch.setattr(switch, "random_projection", clock.work(switch.random_projection, 0.5))
+    monkeypatch.setattr(switch, "compensate", clock.work(switch.compensate, 3.0))
+    # what is no part of it
+    monkeypatch.setattr(Linear, "forward", clock.work(Linear.forward, 100.0))
+    monkeypatch.setattr(GradientCapture, "record", clock.work(GradientCapture.record, 100.0))
+
+    updates = steps_with_updates(loqt_model(update_interval=2, update_mode=update_mode, projection=projection))
+    assert [update.seconds for update in updates] == [14 * (3.0 + (2.0 if projection == "svd" else 0.5))] * 2

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.training.update import begin_step, end_step, loqt_layers
+from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.training.update import begin_step, end_step
 
 
 class WithValueHead(nn.Module):

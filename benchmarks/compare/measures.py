@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.algorithm.projection import orthonormalize, restrict, squared_norm
-from loqt_peft.layers.layer import LoQTLayer
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import LoQTLayer, loqt_layers
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -167,7 +166,7 @@ class SwitchLosses(LoQTTrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         layers = [layer for _, layer in loqt_layers(model)]
-        if not any(layer.update_due for layer in layers):
+        if not any(layer.capture.adapter_name is not None for layer in layers):
             super().on_optimizer_step(args, state, control, model=model, optimizer=optimizer, **kwargs)
             return
         before, updates = self._loss(model), count_updates(layers)

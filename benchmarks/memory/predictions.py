@@ -6,8 +6,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from benchmarks.common import CONFIGS, ROOT
 from loqt_peft import estimate_memory
-from loqt_peft.memory.estimate.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory.estimate.simulation import measure_on_cpu, simulate
+from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
+from loqt_peft.memory.simulation import measure_on_cpu, simulate
 
 
 ORDINARY = ("forward", "backward", "optimizer")

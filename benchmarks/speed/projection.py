@@ -1,6 +1,6 @@
 """The ways to get P from a gradient: what each costs, and what it keeps of real gradients.
 
-    python -m benchmarks.speed.projection --text kjv.txt      # the text: README.md beside this file
+    python -m benchmarks.speed.projection --text kjv.txt      # the text: ../README.md
 
 Cost: matrices of the shapes of LLaMA's attention (n x n) and MLP (2.7n x n), with a decaying spectrum, at ranks n/4
 and n/16, one thread. Quality: gradients of a LLaMA's linear layers at

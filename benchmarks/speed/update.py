@@ -23,6 +23,7 @@ from peft import get_peft_model
 
 from benchmarks.common import markdown_table, provenance, write_json, write_markdown
 from loqt_peft import LoQTConfig
+from loqt_peft.training.switching import compute_switch, project_gradient, write_switch
 
 
 STEPS = 5
@@ -67,9 +68,9 @@ def cost(n, rank, turns):
         start = time.process_time()
         exact_error = exact_update(W, B, P, G, layer.scaling["default"], rank)
         middle = time.process_time()
-        projected = layer.project_gradient("default", gradient)
-        switch = layer.compute_switch("default", projected)
-        layer.write_switch("default", switch)
+        projected = project_gradient(layer, "default", gradient)
+        switch = compute_switch(layer, "default", projected)
+        write_switch(layer, "default", switch)
         figures["exact"].append(middle - start)
         figures["ours"].append(time.process_time() - middle)
         figures["exact error"].append(exact_error.item())

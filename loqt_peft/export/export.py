@@ -26,9 +26,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..algorithm.quantization import undo_cpu_packing
 from ..choices import EXPORT_FORMATS, QUANT_TYPES
+from ..layers.base_weight import dense_layer, source_class
 from ..layers.full_rank import full_rank_parameters
-from ..layers.layer import LoQTLayer, dense_layer, source_class
-from ..training.update import loqt_layers
+from ..layers.layer import LoQTLayer, loqt_layers
 
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _active_adapter(tuner: LoQTModel) -> str:
         raise ValueError(f"One adapter must be active for an export, and these are: {adapters}. Use `set_adapter`.")
     layers = [layer for _, layer in loqt_layers(tuner.model)]
     for layer in layers:
-        layer.verify()
+        layer.verify(adapters[0])
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged into the base weights. Call `unmerge_adapter` before an export.")
     if any(layer.disable_adapters for layer in layers):
@@ -203,7 +203,7 @@ def _check_ranks(model: PreTrainedModel, adapter_name: str, rank: int | float) -
     for name, layer in loqt_layers(model):
         if adapter_name not in layer.loqt_B:
             continue
-        layer.require_base("The export to LoRA")
+        layer.base.require("The export to LoRA")
         if isinstance(rank, int) and rank > min(layer.shape):
             raise ValueError(
                 f"rank={rank} is not allowed: the weight of {name!r} has at most rank {min(layer.shape)}. A float gives "
@@ -268,14 +268,14 @@ def _convert_layers(
         layer = model.get_submodule(name)
         base_layer = layer.get_base_layer()
         if adapter_name not in layer.loqt_B:
-            layer.restore_base()
+            layer.base.restore(layer.compute_device)
             model.set_submodule(name, base_layer)
             continue
         weight = layer.effective_weight(adapter_name)
         if not torch.isfinite(weight).all():
             raise ValueError(f"The weight of {name!r} is not finite: the adapter is broken. Nothing was written.")
         # before the base weight is replaced
-        change = None if layer.base_dropped else layer.get_delta_weight(adapter_name)
+        change = None if layer.base.dropped else layer.get_delta_weight(adapter_name)
         dtype = layer.weight_dtype
         converted = convert(base_layer, weight, dtype)
         errors.add(weight - _exported_weight(converted), weight, change)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
+from accelerate.hooks import AlignDevicesHook, ModelHook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
@@ -91,17 +92,15 @@ class TargetChecks:
                 for parameter in filter(lambda p: p is not None, module._parameters.values()):
                     self.sharing[id(parameter)].append(name)
             places.add(place)
-        hooks = {name: getattr(module, "_hf_hook", None) for name, module in self.modules.items()}
-        self.hooks = {name: _single_hooks(hook) for name, hook in hooks.items() if hook is not None}
+        self.hooks = {name: _accelerate_hooks(module) for name, module in self.modules.items()}
         self.has_values = any(not p.is_meta for n, p in model.named_parameters() if ".loqt_" not in n)
 
     def offloaded(self, name: str) -> bool:
         """Whether the weights of the module at `name` come to a device for its forward pass only."""
         parts = name.split(".")
-        ancestors = {".".join(parts[:i]) for i in range(len(parts))}
-        for at, hooks in self.hooks.items():
-            for hook in hooks:
-                if getattr(hook, "offload", False) and (at == name or at in ancestors and hook.place_submodules):
+        for i in range(len(parts) + 1):
+            for hook in self.hooks[".".join(parts[:i])]:
+                if getattr(hook, "offload", False) and (i == len(parts) or hook.place_submodules):
                     return True
         return self.has_values and any(p.is_meta for p in self.modules[name].parameters(recurse=False))
 
@@ -147,7 +146,9 @@ class TargetChecks:
                 "own_forward",
                 f"is a {kind}, a subclass of a linear layer with a `forward` of its own, which LoQT would skip.",
             )
-        if "forward" in target.__dict__ and name not in self.hooks:
+        # accelerate's, which moves the input only
+        aligns = all(type(hook) is AlignDevicesHook for hook in self.hooks[name]) and self.hooks[name]
+        if "forward" in target.__dict__ and not aligns:
             return _Obstacle(
                 "own_forward",
                 "has a `forward` that was replaced on the instance, which LoQT would skip.",
@@ -162,8 +163,8 @@ class TargetChecks:
             if child in READ_NOT_CALLED.get(cls.__name__, ()):
                 return _Obstacle(
                     "weight_read",
-                    f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not act "
-                    "there.",
+                    f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not "
+                    "act there.",
                 )
         others = [other for other in self.sharing[id(weight)] if other != name]
         if others and name in self.sharing[id(weight)]:
@@ -176,31 +177,36 @@ class TargetChecks:
         return None
 
     def findings(self, names: Iterable[str]) -> list[Finding]:
-        """One for each kind of obstacle among the modules at `names`: errors, with the modules and how to exclude them."""
+        """Errors, one for each kind of obstacle among the modules at `names`, with what to exclude."""
         names, found = list(names), defaultdict(list)
         for name in names:
             if (obstacle := self.obstacle(name)) is not None:
-                found[obstacle.code].append((name, obstacle))
-        findings = []
-        for code, group in found.items():
-            held = [name for name, _ in group]
-            shown = ", ".join(map(repr, held[:3]))
-            more = f" (and {len(held) - 3} more)" if len(held) > 3 else ""
-            rest = [name for name in names if name not in set(held)]
-            remedy, exclusion = group[0][1].remedy, f"set exclude_modules={_exclusion(held, rest)}."
-            if not remedy or remedy.endswith("or"):
-                remedy = f"{remedy} {exclusion}".strip()
-                remedy = remedy[0].upper() + remedy[1:]
-            # full-rank modules must be at hand too
-            noun = "module" if code == "offloaded" else "target module"
-            noun = noun.capitalize() if len(held) == 1 else f"Each of the {noun}s"
-            findings.append(Finding("error", code, f"{noun} {shown}{more} {group[0][1].what}", remedy))
-        return findings
+                found[obstacle.code if obstacle.code == "weight_shared" else obstacle].append((name, obstacle))
+        return [_finding(group, names) for group in found.values()]
 
 
-def _single_hooks(hook):
-    """accelerate's hooks, of which several may be one."""
-    return getattr(hook, "hooks", [hook])
+def _finding(group: list[tuple[str, _Obstacle]], names: list[str]) -> Finding:
+    held, obstacle = [name for name, _ in group], group[0][1]
+    shown = ", ".join(map(repr, held[:3])) + (f" (and {len(held) - 3} more)" if len(held) > 3 else "")
+    # full-rank modules must be at hand too
+    noun, what = "module" if obstacle.code == "offloaded" else "target module", obstacle.what
+    if len(held) == 1:
+        noun = noun.capitalize()
+    else:
+        noun = f"Each of the {noun}s"
+        what = what.replace("shares its weight with", "shares its weight with another module, the first one with")
+    remedy = obstacle.remedy
+    if not remedy or remedy.endswith("or"):
+        exclusion = _exclusion(held, [name for name in names if name not in set(held)])
+        remedy = f"{remedy} set exclude_modules={exclusion}.".strip()
+        remedy = remedy[0].upper() + remedy[1:]
+    return Finding("error", obstacle.code, f"{noun} {shown} {what}", remedy)
+
+
+def _accelerate_hooks(module: nn.Module) -> Sequence[ModelHook]:
+    hook = getattr(module, "_hf_hook", None)
+    # several may be one
+    return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
 def _exclusion(names: list[str], others: list[str]) -> str:
@@ -210,7 +216,7 @@ def _exclusion(names: list[str], others: list[str]) -> str:
     for part in parts[0][:-1]:
         if not part.isdigit() and len({p[-1] for p in parts}) > 1 and all(part in p[:-1] for p in parts):
             if not any(part in other.split(".") for other in others):
-                return repr(rf".*\b{part}\..*")
+                return repr(f"(.*[.])?{part}[.].*")
     for length in range(1, max(map(len, parts)) + 1):
         suffixes = sorted({".".join(p[-length:]) for p in parts})
         if not any(o == s or o.endswith(f".{s}") for o in others for s in suffixes):

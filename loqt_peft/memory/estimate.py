@@ -179,7 +179,7 @@ def estimate_memory(
             Run the real layers, optimizer and update on torch's `meta` device (seconds) instead of the closed form
             (instant, and for some architectures only).
         all_layers (`bool`): Simulate every decoder layer, instead of a few from which the rest follows.
-        **options: Fields of [`~loqt_peft.memory.estimate.closed_form.MemoryOptions`].
+        **options: Fields of [`~loqt_peft.memory.closed_form.MemoryOptions`].
 
     Returns:
         [`MemoryEstimate`]
@@ -320,7 +320,7 @@ def plan_memory(
         limit (`int`): How many settings to return.
         simulate (`bool`): Check the first of them by simulation; what then does not fit is left out.
         all_layers (`bool`): See [`estimate_memory`].
-        **options: Fields of [`~loqt_peft.memory.estimate.closed_form.MemoryOptions`].
+        **options: Fields of [`~loqt_peft.memory.closed_form.MemoryOptions`].
 
     Returns:
         [`MemoryPlan`]

@@ -28,8 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from ..algorithm.quantization import _dynamic_map
 from ..config import LoQTConfig
-from ..layers.layer import LoQTLayer
-from ..training.update import loqt_layers
+from ..layers.layer import LoQTLayer, loqt_layers
 from .closed_form import MemoryOptions
 
 
@@ -331,10 +330,10 @@ class Run:
         self._optimizers = self._make_optimizers(trained)
         self._hook(trained)
         for layer in self._loqt_layers():
-            layer._move_base = lambda device, layer=layer: self._move_base(layer, device)
-            layer.stop_capture = lambda stop=layer.stop_capture: self._stop_capture(stop)
+            layer.base.move = lambda device, layer=layer: self._move_base(layer, device)
+            layer.capture.stop = lambda stop=layer.capture.stop: self._stop_capture(stop)
             layer.kept_error = lambda name, kept=layer.kept_error: self._to_device(kept(name))
-            layer.write_switch = lambda *args, layer=layer, write=layer.write_switch: self._write(layer, write, args)
+            layer.place = lambda layer=layer, place=layer.place: self._place(layer, place)
 
     def _decoder_layers(self, count: int) -> nn.ModuleList:
         for module in self.model.modules():
@@ -403,8 +402,8 @@ class Run:
             projected = projected._replace(P=self._to_device(projected.P))
         return gradient, projected
 
-    def _write(self, layer: LoQTLayer, write: Callable, arguments: tuple) -> None:
-        write(*arguments)
+    def _place(self, layer: LoQTLayer, place: Callable) -> None:
+        place()
         self._register_error(layer)
 
     def _register_error(self, layer: LoQTLayer) -> None:
@@ -448,7 +447,7 @@ class Run:
         self._register()
         if not self.options.starts_dense:
             for layer in self._loqt_layers():
-                layer._place_base()
+                layer.place()
         self.counter.begin("weights", ("load", "", ""))
         self._warm_up()
         try:

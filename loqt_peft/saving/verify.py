@@ -111,9 +111,9 @@ def verify_adapter(
             problems.add("This model's config has no place for", "all tensors of the adapter outside LoQT layers")
         elif any(seal.rest_dtypes == dtypes and seal.rest != content for seal in seals.values()):
             problems.add("The tensors do not match the checksum of", "the modules outside LoQT layers")
-    drifted = all("loqt_weight" in saved[name] for name in seals)
+    switched = all("loqt_weight" in saved[name] for name in seals)
     warning = None
-    if other_base and (base_is_needed or not drifted):
+    if other_base and (base_is_needed or not switched):
         for name in other_base:
             problems.add("The adapter was made for other base weights than this model's", name)
     elif other_base:

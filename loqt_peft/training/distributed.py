@@ -1,13 +1,112 @@
-"""What `DistributedDataParallel` has to leave alone in a model with LoQT layers."""
+"""The part of an update that is done by several processes: who computes which layer's switch, and what DDP leaves alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from .update import loqt_layers
+from ..algorithm.switch import NewProjection, Switch
+from ..layers.layer import LoQTLayer, loqt_layers
+from .switching import compute_switch, draw_projection, empty_switch, project_gradient
+
+
+def is_finite(layer: LoQTLayer) -> torch.Tensor | None:
+    """Whether what an update is made of is finite, the gradient or, where none is needed, B: a 0-d tensor; `None` if there is
+    nothing yet."""
+    capture = layer.capture
+    if capture.adapter_name is not None and not capture.records:
+        return torch.isfinite(layer.loqt_B[capture.adapter_name].detach().sum(dtype=torch.float32))
+    return capture.is_finite
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
+    """Number of layers that an update would break, on any process."""
+    device = layers[0][1].loqt_P[adapter_name].device
+    broken = torch.zeros(len(layers), dtype=torch.float32, device=device)
+    for index, (_, layer) in enumerate(layers):
+        if (finite := is_finite(layer)) is not None:
+            broken[index] = (~finite).to(device, torch.float32)
+    if is_distributed():
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    return int(broken.sum().item())
+
+
+def switches(layers: list[LoQTLayer], adapter_name: str) -> Iterator[tuple[LoQTLayer, Switch]]:
+    """The layers' new states in turn, the same bits on every process.
+
+    Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is divided, and
+    processes on unlike hardware cannot drift apart. Each process has a layer of every group, and nobody waits for another
+    one's work but at the end of a group; so much is held at a time.
+    """
+    if not is_distributed():
+        for layer in layers:
+            yield layer, _switch(layer, adapter_name, *_take_capture(layer, adapter_name))
+        return
+    size = dist.get_world_size()
+    for start in range(0, len(layers), size):
+        group = layers[start : start + size]
+        yield from zip(group, _switches_of_group(group, adapter_name), strict=True)
+
+
+def _switches_of_group(group: list[LoQTLayer], adapter_name: str) -> list[Switch]:
+    """The new states of as many layers as there are processes, or fewer; the first one is the work of process 0."""
+    # all sums, then the own work, then all broadcasts: a process that waits in between would work after the others
+    own = None
+    for owner, layer in enumerate(group):
+        gradient, projected = _take_capture(layer, adapter_name)
+        if layer.needs_gradient(adapter_name):
+            if gradient is None:
+                device = layer.loqt_P[adapter_name].device
+                gradient = torch.zeros(layer.shape, dtype=torch.float32, device=device)
+            dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
+            gradient.div_(dist.get_world_size())
+        if dist.get_rank() == owner:
+            own = layer, gradient, projected
+        del gradient, projected
+    switches = [
+        None if dist.get_rank() == owner else empty_switch(layer, adapter_name) for owner, layer in enumerate(group)
+    ]
+    if own is not None:
+        layer, gradient, projected = own
+        switch = _switch(layer, adapter_name, gradient, projected)
+        del own, gradient, projected
+        switches[dist.get_rank()] = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
+    for owner, switch in enumerate(switches):
+        for tensor in switch:
+            if tensor is not None:
+                dist.broadcast(tensor, src=owner)
+    return switches
+
+
+def _take_capture(layer: LoQTLayer, adapter_name: str) -> tuple[torch.Tensor | None, NewProjection | None]:
+    """See `GradientCapture.stop`; the gradient is on the device of the adapter."""
+    gradient, projected = layer.capture.stop()
+    if gradient is not None:
+        gradient = gradient.to(layer.loqt_P[adapter_name].device, non_blocking=True)
+    return gradient, projected
+
+
+def _switch(
+    layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor | None, projected: NewProjection | None
+) -> Switch:
+    return compute_switch(layer, adapter_name, _project(layer, adapter_name, gradient, projected))
+
+
+def _project(
+    layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor | None, projected: NewProjection | None
+) -> NewProjection:
+    """The layer's new projection: drawn, of this gradient, or the one that the backward pass has left."""
+    if not layer.needs_gradient(adapter_name):
+        return draw_projection(layer, adapter_name)
+    return projected if gradient is None else project_gradient(layer, adapter_name, gradient)
 
 
 # the update keeps them equal on all processes; DDP would broadcast every buffer at every forward pass

@@ -208,6 +208,9 @@ def _rotate(state: dict[str, Any], key: str, B: torch.Tensor, P_old: torch.Tenso
     in_8_bits = moment.dtype == torch.uint8
     if in_8_bits:
         values = dequantize_blockwise(values, absmax=state["absmax1"], code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
+    elif type(values) is not torch.Tensor:
+        # of torchao
+        values = values.dequantize()
     # old coordinates -> weight space -> new coordinates
     values = values.float() @ (P_old @ P_new.T) if right else (P_new.T @ P_old) @ values.float()
     if in_8_bits:

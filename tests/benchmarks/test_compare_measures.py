@@ -7,7 +7,7 @@ from compare_runs import BY_METHOD, TINY, run_tiny, tiny_model, tiny_spec, token
 from benchmarks.compare import measures, methods, training
 from benchmarks.compare.settings import NAMES, Variant
 from benchmarks.compare.variants import LOQT, with_feedback
-from loqt_peft.training.update import loqt_layers
+from loqt_peft.layers.layer import loqt_layers
 
 
 def test_bytes_are_those_of_a_hand_count():
@@ -66,6 +66,16 @@ def test_bytes_of_one_step_are_those_of_many():
     ):
         spec = tiny_spec(variant, steps=4)
         assert training.measure_bytes(spec) == run_tiny(spec)["bytes"]
+
+
+def test_the_most_gradients_that_lay_there_at_once_are_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 8, bias=False))
+    counter = measures.ByteCounter(model)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    # the larger gradient comes first, and is gone when the smaller one is there
+    model(torch.ones(1, 2)).sum().backward()
+    assert counter.bytes["gradients"] == 4 * 16
 
 
 def test_losses_around_a_switch_differ_by_what_it_loses(monkeypatch):
