@@ -56,23 +56,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_peft_type() -> None:
-    from peft.utils import PeftType
-
-    # PEFT has no public way to add a type. Only what every version's enum has is touched, and a member that PEFT may one
-    # day have of its own is used as it is.
-    if "LOQT" in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, "LOQT")
-    member._name_ = member._value_ = "LOQT"
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
-    type.__setattr__(PeftType, "LOQT", member)
-    PeftType._member_names_.append("LOQT")
-    PeftType._member_map_["LOQT"] = member
-    PeftType._value2member_map_["LOQT"] = member
-
-
 def register() -> None:
     """Make PEFT know the tuner type `LOQT`. `import loqt_peft` has done so, but for the command line.
 
@@ -86,7 +69,9 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
-    _register_peft_type()
+    from .compat import add_peft_type
+
+    add_peft_type("LOQT")
     from .config import LoQTConfig
     from .model import LoQTModel
     from .saving.model_card import describe_saved_adapter

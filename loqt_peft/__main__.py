@@ -2,8 +2,11 @@
 
 import sys
 
+from ._moved import moved_names
 from .cli.main import main
 
+
+__getattr__ = moved_names(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

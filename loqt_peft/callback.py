@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ._moved import moved_names
 from .findings import report
 from .health import trainer_findings
 from .layers.layer import active_layers
@@ -16,6 +17,9 @@ from .training.distributed import tell_ddp
 from .training.figures import LoQTUpdate
 from .training.performance import PerformanceCallback, callback_handler
 from .training.update import begin_step, cancel_step, end_step
+
+
+__getattr__ = moved_names(__name__)
 
 
 class LoQTTrainerCallback(PerformanceCallback):

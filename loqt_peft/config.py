@@ -71,7 +71,7 @@ class LoQTConfig(PeftConfig):
     """
 
     # called with a config and the folder that it was saved in; without an annotation, since it is no field
-    on_saved = []
+    on_saved = []  # type: ignore[var-annotated]
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(

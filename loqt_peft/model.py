@@ -10,12 +10,14 @@ from typing import Literal
 
 import bitsandbytes as bnb
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ._moved import moved_names
+from .compat import include_all_linear_layers
 from .config import LoQTConfig
 from .export import ExportReport, export
 from .findings import report
@@ -32,6 +34,9 @@ from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
 from .training.figures import LoQTUpdate
 from .training.update import begin_step, cancel_step, end_step, record_updates
+
+
+__getattr__ = moved_names(__name__)
 
 
 class LoQTModel(BaseTuner):
@@ -85,7 +90,7 @@ class LoQTModel(BaseTuner):
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config = include_all_linear_layers(peft_config, self.model)
             peft_config.target_modules = without_unfit(self.model, peft_config.target_modules)
         return peft_config
 
@@ -331,7 +336,7 @@ class LoQTModel(BaseTuner):
             progressbar (`bool`): Show one.
 
         Returns:
-            [`~loqt_peft.export.export.ExportReport`]
+            [`~loqt_peft.export.ExportReport`]
 
         Raises:
             ValueError:

@@ -18,7 +18,7 @@ from loqt_peft import (
 )
 from loqt_peft.export import ExportReport
 from loqt_peft.memory import MemoryEstimate, MemoryPlan
-from loqt_peft.training.update import LoQTUpdate
+from loqt_peft.training.figures import LoQTUpdate
 
 
 def configure() -> LoQTConfig:

@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from loqt_peft.algorithm.quantization import FourBitFormat
 from loqt_peft.cli.adapter import base_class, load_base
 from loqt_peft.cli.main import main
-from loqt_peft.export import export
+from loqt_peft.export import conversion
 from loqt_peft.layers.layer import loqt_layers
 
 
@@ -419,13 +419,13 @@ def test_a_layer_is_freed_once_it_is_converted(base_dir, tmp_path, monkeypatch, 
     count = len(layers)
     del layers
     alive = []
-    original = export._exported_weight
+    original = conversion.exported_weight
 
     def counted(layer):
         alive.append(sum(reference() is not None for reference in tensors))
         return original(layer)
 
-    monkeypatch.setattr(export, "_exported_weight", counted)
+    monkeypatch.setattr(conversion, "exported_weight", counted)
     gc.collect()
     gc.disable()
     try:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_peft.algorithm import linear_map as functional
-from loqt_peft.algorithm.linear_map import cheapest, operations
+from loqt_peft.algorithm.operations import cheapest, operations
 from loqt_peft.layers.layer import loqt_layers
 from loqt_peft.training.switching import project_gradient
 
@@ -126,6 +126,17 @@ def test_operations_are_those_that_torch_counts(way, shape, needs_x, needs_B, re
         if y.requires_grad:
             y.sum().backward()
     assert counter.get_total_flops() == operations(50, shape, 8, needs_x, needs_B, records)[way]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [10, 50])
+def test_nothing_is_computed_for_gradients_that_are_not_recorded(shape, rows):
+    layer = drifted(shape, bias=False, quantize_weight=None, quantize_projection=None)
+    x = torch.randn(rows, shape[1], requires_grad=True)
+    mapping = {torch.ops.aten.addmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * b[1]}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        layer(x)
+    assert counter.get_total_flops() == min(operations(rows, shape, 8, False, False).values())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from reference import dequantize, top_singular_vectors
 
 from loqt_peft.algorithm.compensation import compensate
 from loqt_peft.algorithm.projection import (
-    PROJECTIONS,
     captured_energy,
     expand,
     is_right,
@@ -17,6 +16,7 @@ from loqt_peft.algorithm.projection import (
     random_projection,
 )
 from loqt_peft.algorithm.quantization import DenseFormat, FourBitFormat, storage_format
+from loqt_peft.choices import PROJECTIONS
 
 
 SHAPES = [(64, 64), (48, 32), (40, 80), (7, 5), (3, 50), (300, 70), (1, 1)]

@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -26,10 +28,14 @@ from transformers import (
 )
 
 from loqt_peft import LoQTTrainerCallback, estimate_memory, per_layer_optimizer, plan_memory
+from loqt_peft.algorithm import linear_map
 from loqt_peft.cli.main import main
 from loqt_peft.memory import parse_bytes, required_bytes
-from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
-from loqt_peft.memory.simulation import DEVICE, HOST, Run, StorageCounter, measure_on_cpu, simulate
+from loqt_peft.memory.closed_form import ClosedForm
+from loqt_peft.memory.counter import DEVICE, HOST, StorageCounter
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.memory.shape import ModelShape, load_config
+from loqt_peft.memory.simulation import Run, measure_on_cpu, simulate
 from loqt_peft.training.switching import compute_switch, project_gradient
 
 
@@ -217,6 +223,26 @@ def test_update_step_needs_no_more_than_an_ordinary_one():
     assert estimate_memory(seven, simulate=True, **options).update_ratio <= 1.05
     # what it would be without the bound
     assert estimate_memory(seven, **options, update_mode="whole").update_ratio > 1.5
+
+
+@pytest.mark.parametrize("rank", [64, 208])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_layer": True, "gradient_checkpointing": True}], ids=["plain", "bounded"]
+)
+def test_one_product_a_layer_needs_no_more_than_separate_ones(rank, options, monkeypatch):
+    def peaks():
+        return {phase: peak.total for phase, peak in simulate(LLAMA, options, all_layers=True).items()}
+
+    options = MemoryOptions(rank=rank, batch_size=4, sequence_length=256, **options)
+    chosen = peaks()
+    monkeypatch.setattr(linear_map, "cheapest", lambda *args, **kwargs: linear_map.BRANCH)
+    separate = peaks()
+    assert all(chosen[phase] <= separate[phase] for phase in separate)
+    # neither needs both x and its projection
+    assert chosen["update step"] < separate["update step"]
+    if rank > LLAMA.hidden_size / 2 and not options.gradient_checkpointing:
+        # query, key and value keep one x
+        assert chosen["forward"] < separate["forward"]
 
 
 def test_paper_claim_for_1b():
@@ -451,6 +477,22 @@ def test_plan_of_the_impossible():
 def run(capsys, *arguments):
     status = main(["estimate", *map(str, arguments)])
     return status, *capsys.readouterr()
+
+
+def test_command_line_imports_no_more_than_it_needs(tmp_path):
+    """In formulas neither PEFT nor bitsandbytes; simulated, what the package registers when it is imported."""
+    LLAMA.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.argv = ["loqt"]
+from loqt_peft.cli.main import main
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--rank", "8"]) == 0
+assert main(["estimate", {str(tmp_path)!r}, "--plan", "--gpu", "24GiB", "--rank", "8"]) == 0
+assert not {{"peft", "bitsandbytes"}} & sys.modules.keys()
+assert main(["estimate", {str(tmp_path)!r}, "--simulate", "--rank", "8"]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_command_line_json_is_the_estimate(capsys):

@@ -6,7 +6,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from benchmarks.common import CONFIGS, ROOT
 from loqt_peft import estimate_memory
-from loqt_peft.memory.closed_form import ClosedForm, MemoryOptions, ModelShape, load_config
+from loqt_peft.memory.closed_form import ClosedForm
+from loqt_peft.memory.options import MemoryOptions
+from loqt_peft.memory.shape import ModelShape, load_config
 from loqt_peft.memory.simulation import measure_on_cpu, simulate
 
 

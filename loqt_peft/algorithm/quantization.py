@@ -23,13 +23,11 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
+from ..compat import unpack_from_cpu
+from .packed_layout import BLOCKSIZE, NESTED_BLOCKSIZE, packed_bytes, packed_parts
 from .precision import plain_defaults
 
 
-BLOCKSIZE = 64
-NESTED_BLOCKSIZE = 256
-# bitsandbytes' CUDA kernels read vectors of 16 bytes
-_ALIGNMENT = 16
 # of [-1, 1] on the CPU, finer than the distance of NF4's levels
 _BINS = 64
 # blocks that the CPU quantizes at once, within its cache
@@ -58,10 +56,6 @@ def _bitsandbytes_quantize(matrix: torch.Tensor, quant_type: str) -> tuple[torch
     """Codes and float32 absmax of a contiguous matrix."""
     # `quantize_4bit` would also copy a table of levels from the host, for which the host waits
     return torch.ops.bitsandbytes.quantize_4bit.default(matrix, BLOCKSIZE, quant_type, torch.uint8)
-
-
-def _aligned(nbytes: int) -> int:
-    return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
 
 
 @cache
@@ -112,10 +106,7 @@ def _quantize_nf4_on_cpu(matrix: torch.Tensor, codes: torch.Tensor) -> torch.Ten
 
 @dataclass(frozen=True)
 class FourBitFormat:
-    """A `[rows, columns]` matrix in 4-bit blocks of 64 along the rows' flattened order.
-
-    Layout, in bytes, each part padded to 16: the codes `ceil(n / 2)`; then the absmax, float32 `[ceil(n / 64)]`, or, when
-    double-quantized, uint8 `[ceil(n / 64)]`, float32 `[ceil(n / 16384)]` (its own absmax) and one float32 (its mean).
+    """A `[rows, columns]` matrix in 4-bit blocks of 64 along the rows' flattened order, laid out as by [`packed_parts`].
 
     Args:
         shape (`tuple[int, int]`): Shape of the matrix.
@@ -131,24 +122,12 @@ class FourBitFormat:
     _parts: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        n = math.prod(self.shape)
-        blocks = math.ceil(n / BLOCKSIZE)
-        sizes = {"codes": math.ceil(n / 2)}
-        if self.double_quant:
-            sizes |= {"absmax": blocks, "nested_absmax": 4 * math.ceil(blocks / NESTED_BLOCKSIZE), "offset": 4}
-        else:
-            sizes |= {"absmax": 4 * blocks}
-        parts, offset = {}, 0
-        for name, size in sizes.items():
-            parts[name] = (offset, size)
-            offset += _aligned(size)
-        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "_parts", packed_parts(self.shape, self.double_quant))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed tensor."""
-        offset, size = list(self._parts.values())[-1]
-        return offset + _aligned(size)
+        return packed_bytes(self.shape, self.double_quant)
 
     def _part(self, packed: torch.Tensor, name: str) -> torch.Tensor:
         offset, size = self._parts[name]
@@ -308,9 +287,7 @@ def undo_cpu_packing(weight: torch.nn.Parameter) -> None:
     """
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        # a private function, looked up where there is something that only it can undo
-        unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
-        weight.data, weight.quant_state = unpack(weight.data, state)
+        weight.data, weight.quant_state = unpack_from_cpu(weight.data, state)
     # its inverse (0.50.2), which `state_dict` calls too, leaves the absmax of weights that are not double-quantized
     # transposed and in bfloat16
     if state is not None and state.absmax.dim() == 2:

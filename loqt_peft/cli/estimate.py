@@ -15,34 +15,16 @@ from ..choices import (
     RETAIN_BASE,
     UPDATE_MODES,
 )
+from ..memory.options import MemoryOptions
 
 
 if TYPE_CHECKING:
-    from ..memory.estimate import MemoryEstimate, MemoryPlan
+    from ..memory import MemoryEstimate, MemoryPlan
 
 
 GB = 10**9
 # options of the command line that are fields of MemoryOptions
-FIELDS = (
-    "method",
-    "rank",
-    "optimizer",
-    "per_layer",
-    "gradient_checkpointing",
-    "batch_size",
-    "sequence_length",
-    "gradient_accumulation_steps",
-    "dtype",
-    "adapter_dtype",
-    "base",
-    "double_quant",
-    "update_mode",
-    "offload_gradients",
-    "projection",
-    "full_rank",
-    "retain_base",
-    "error_feedback",
-)
+FIELDS = tuple(MemoryOptions.__dataclass_fields__)
 
 
 def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
@@ -93,8 +75,12 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
 
 def estimate_command(options: argparse.Namespace) -> None:
     """Print an estimate or a plan."""
-    from ..memory.estimate import estimate_memory, plan_memory
+    from .. import register
+    from ..memory import estimate_memory, plan_memory
 
+    if options.simulate:
+        # what is simulated is a PEFT model; formulas need not wait for PEFT
+        register()
     chosen = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     how = {"simulate": options.simulate, "all_layers": options.all_layers}
     if options.plan:
@@ -125,7 +111,7 @@ def _settings(estimate: MemoryEstimate, names: tuple[str, ...] = FIELDS) -> str:
 
 
 def _margin() -> str:
-    from ..memory.estimate import CONTEXT_BYTES, FRAGMENTATION
+    from ..memory import CONTEXT_BYTES, FRAGMENTATION
 
     return (
         f"assumed margin: {FRAGMENTATION:.0%} for the allocator, {CONTEXT_BYTES // 1024**2} MiB for the CUDA context"

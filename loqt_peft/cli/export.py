@@ -63,7 +63,7 @@ def export_command(options: argparse.Namespace) -> None:
     import torch
     from peft import PeftModel
 
-    from ..export.export import check_output_dir, check_rank
+    from ..export import check_output_dir, check_rank
     from .adapter import base_name, copy_tokenizer, load_base, load_config, trained_quantization
 
     check_rank(options.to, options.rank)

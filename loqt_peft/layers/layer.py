@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -21,6 +20,7 @@ from ..algorithm.quantization import storage_format
 from ..algorithm.switch import (
     low_rank_product,
 )
+from ..compat import BufferDict
 from ..saving.seal import SEAL_SIZE
 from .base_weight import BaseWeight
 from .capture import GradientCapture

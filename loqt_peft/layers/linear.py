@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..algorithm.linear_map import LoQTLinear
+from ..compat import swap_hooks
 from .base_weight import dense_layer
 from .layer import LoQTLayer
-from .module_hooks import swap_hooks
 
 
 if TYPE_CHECKING:
@@ -87,9 +87,13 @@ class Linear(LoQTLayer, nn.Module):
     def _fused_forward(self, x: torch.Tensor, adapter_name: str, records: bool = False) -> torch.Tensor:
         """`[..., in]` to `[n, out]`; with `records` its backward pass adds dL/dW to the layer's sink."""
         dtype, bias = self._low_rank_dtype(x, adapter_name), self.get_base_layer().bias
+        B = self.loqt_B[adapter_name]
+        if not torch.is_grad_enabled():
+            # an operation of one's own is told of what requires gradients, even where none are recorded
+            x, B = x.detach(), B.detach()
         return LoQTLinear.apply(
             x,
-            self.loqt_B[adapter_name].to(dtype),
+            B.to(dtype),
             None if bias is None else bias.to(dtype),
             self.loqt_weight[adapter_name],
             self.loqt_P[adapter_name],

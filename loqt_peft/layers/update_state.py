@@ -7,7 +7,7 @@ from torch import nn
 
 
 # of the int64 buffer of an adapter
-_NUMBER, _PENDING = 0, 1
+NUM_UPDATES, UPDATE_PENDING = 0, 1
 STATE_SIZE = 2
 
 
@@ -25,11 +25,11 @@ class UpdateState:
 
     def number(self, adapter_name: str) -> int:
         """How many updates the adapter has been through."""
-        return self._read(adapter_name)[_NUMBER]
+        return self._read(adapter_name)[NUM_UPDATES]
 
     def pending(self, adapter_name: str) -> bool:
         """Whether an update was postponed and waits for the next step."""
-        return bool(self._read(adapter_name)[_PENDING])
+        return bool(self._read(adapter_name)[UPDATE_PENDING])
 
     def postpone(self, adapter_name: str) -> None:
         """The update that was due waits for the next step."""

@@ -1,15 +1,18 @@
-"""`estimate_memory`: what training needs, what decides it, what would help; `plan_memory`: what fits a device."""
+"""`estimate_memory`: what training needs, what decides it, and what would help."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .closed_form import CLOSED_FORM_TYPES, ClosedForm, MemoryOptions, ModelShape, load_config
+from transformers import PreTrainedConfig
+
+from .closed_form import ClosedForm
+from .options import MemoryOptions
+from .shape import CLOSED_FORM_TYPES, ModelShape, load_config
 
 
 # Assumptions, not measured: what the CUDA context takes, and the share of the peak that the allocator cannot use.
@@ -23,15 +26,6 @@ UNITS = {"": 1, "B": 1} | {
 # of a device's memory, written without a unit; what lies between them is mostly MiB, as nvidia-smi prints them
 LARGEST_NUMBER_OF_GIB = 4096
 SMALLEST_NUMBER_OF_BYTES = 2**27
-# a plan tries ranks from half the hidden size downwards: a larger B would be no smaller than W
-SMALLEST_PLANNED_RANK = 8
-LARGEST_PLANNED_BATCH = 64
-PLANNED_OPTIONS = {
-    "double_quant": (False, True),
-    "optimizer": ("adamw", "adamw_8bit"),
-    "per_layer": (False, True),
-    "gradient_checkpointing": (False, True),
-}
 
 
 def parse_bytes(size: str | int | float) -> int:
@@ -179,7 +173,7 @@ def estimate_memory(
             Run the real layers, optimizer and update on torch's `meta` device (seconds) instead of the closed form
             (instant, and for some architectures only).
         all_layers (`bool`): Simulate every decoder layer, instead of a few from which the rest follows.
-        **options: Fields of [`~loqt_peft.memory.closed_form.MemoryOptions`].
+        **options: Fields of [`~loqt_peft.memory.options.MemoryOptions`].
 
     Returns:
         [`MemoryEstimate`]
@@ -190,23 +184,12 @@ def estimate_memory(
             estimating does not cover.
         OSError: If the Hub or the file system has no such model.
     """
-    chosen = _options(options)
+    chosen = memory_options(options)
     budget = None if budget is None else parse_bytes(budget)
     config, name = load_config(model)
     known = config.model_type in CLOSED_FORM_TYPES
     shape = ModelShape.from_config(config, name) if known or not simulate else None
-    if simulate:
-        # slow to import
-        from .simulation import simulate as run
-
-        peaks = run(config, chosen, all_layers)
-        phases = {phase: dict(peak.held) for phase, peak in peaks.items()}
-        host: Counter[str] = Counter()
-        for peak in peaks.values():
-            host |= peak.host
-    else:
-        form = ClosedForm(shape, chosen)
-        phases, host = {phase: dict(+held) for phase, held in form.phases().items()}, form.host()
+    phases, host = _simulated(config, chosen, all_layers) if simulate else _in_closed_form(shape, chosen)
     return MemoryEstimate(
         model=name,
         options=chosen,
@@ -219,7 +202,30 @@ def estimate_memory(
     )
 
 
-def _options(options: dict[str, Any]) -> MemoryOptions:
+def _simulated(
+    config: PreTrainedConfig, options: MemoryOptions, all_layers: bool
+) -> tuple[dict[str, dict[str, int]], Counter]:
+    # slow to import
+    from .simulation import simulate
+
+    peaks = simulate(config, options, all_layers)
+    host: Counter[str] = Counter()
+    for peak in peaks.values():
+        host |= peak.host
+    return {phase: dict(peak.held) for phase, peak in peaks.items()}, host
+
+
+def _in_closed_form(shape: ModelShape, options: MemoryOptions) -> tuple[dict[str, dict[str, int]], Counter]:
+    form = ClosedForm(shape, options)
+    return {phase: dict(+held) for phase, held in form.phases().items()}, form.host()
+
+
+def memory_options(options: dict[str, Any]) -> MemoryOptions:
+    """Options by name.
+
+    Raises:
+        ValueError: If there is no option of a name, or a value is not allowed.
+    """
     unknown = sorted(set(options) - set(MemoryOptions.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -267,111 +273,3 @@ def _notes(shape: ModelShape | None, options: MemoryOptions) -> Iterator[str]:
         yield "Counted without `prepare_model_for_kbit_training`, which casts embeddings, norms and head to float32."
     if options.starts_dense:
         yield "The base is loaded dense and becomes 4-bit in the first update; loaded in 4 bits it starts as small as it ends."
-
-
-###############################
-# Plan
-###############################
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What fits a device; predicted.
-
-    Attributes:
-        budget (`int`): Bytes of the device.
-        fitting (`tuple[MemoryEstimate]`):
-            Largest rank first, then fewest options that slow training down, then largest batch.
-        smallest ([`MemoryEstimate`]): Of everything tried the one that needs least, whether or not it fits.
-    """
-
-    budget: int
-    fitting: tuple[MemoryEstimate, ...]
-    smallest: MemoryEstimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return {
-            "predicted": True,
-            "budget_bytes": self.budget,
-            "fitting": [estimate.to_dict() for estimate in self.fitting],
-            "smallest": self.smallest.to_dict(),
-        }
-
-
-def plan_memory(
-    model: Any,
-    budget: str | float,
-    *,
-    limit: int = 10,
-    simulate: bool = False,
-    all_layers: bool = False,
-    **options: Any,
-) -> MemoryPlan:
-    """Search rank, batch size, 8-bit optimizer, double quantization, per-layer updates and checkpointing for what fits.
-
-    Ranks are halved from half the hidden size on, batch sizes doubled from 1. Options that are given are kept. Of settings
-    that differ in nothing but the batch, the largest that fits is listed.
-
-    Args:
-        model: See [`estimate_memory`].
-        budget (`str` or `float`):
-            Memory of the device, as in [`estimate_memory`]; the assumed margins are taken off.
-        limit (`int`): How many settings to return.
-        simulate (`bool`): Check the first of them by simulation; what then does not fit is left out.
-        all_layers (`bool`): See [`estimate_memory`].
-        **options: Fields of [`~loqt_peft.memory.closed_form.MemoryOptions`].
-
-    Returns:
-        [`MemoryPlan`]
-
-    Raises:
-        ValueError, OSError: See [`estimate_memory`].
-    """
-    budget = parse_bytes(budget)
-    _options(options)
-    config, name = load_config(model)
-    shape = ModelShape.from_config(config, name)
-    found, smallest = [], None
-    for candidate in _candidates(shape, options):
-        peak = closed_form_peak(shape, candidate)
-        if smallest is None or peak < smallest[0]:
-            smallest = peak, candidate
-        if required_bytes(peak) <= budget:
-            found.append(candidate)
-    best: dict[tuple, MemoryOptions] = {}
-    for candidate in sorted(found, key=lambda c: -c.batch_size):
-        best.setdefault((candidate.rank, *(getattr(candidate, name) for name in PLANNED_OPTIONS)), candidate)
-    ordered = sorted(best.values(), key=lambda c: (-c.rank, _slow_downs(c), -c.batch_size))[:limit]
-
-    def estimate(candidate: MemoryOptions, by_simulation: bool = False) -> MemoryEstimate:
-        return estimate_memory(
-            config, budget=f"{budget}B", simulate=by_simulation, all_layers=all_layers, **asdict(candidate)
-        )
-
-    fitting = [replace(estimate(candidate), model=name) for candidate in ordered]
-    while simulate and fitting:
-        checked = replace(estimate(fitting[0].options, True), model=name)
-        if checked.fits:
-            fitting[0] = checked
-            break
-        fitting.pop(0)
-    return MemoryPlan(budget, tuple(fitting), replace(estimate(smallest[1]), model=name))
-
-
-def _slow_downs(options: MemoryOptions) -> int:
-    quick = {name: values[0] for name, values in PLANNED_OPTIONS.items()}
-    return sum(getattr(options, name) != value for name, value in quick.items())
-
-
-def _candidates(shape: ModelShape, options: dict[str, Any]) -> Iterator[MemoryOptions]:
-    ranks = [rank for k in range(1, 20) if (rank := shape.hidden >> k) >= SMALLEST_PLANNED_RANK] or [1]
-    ranges: dict[str, Any] = {name: values for name, values in PLANNED_OPTIONS.items() if name not in options}
-    if options.get("method", "loqt") not in ("loqt", "qlora"):
-        ranges.pop("double_quant", None)
-    if "rank" not in options and options.get("method") != "full":
-        ranges["rank"] = ranks
-    if "batch_size" not in options:
-        ranges["batch_size"] = [2**k for k in range(LARGEST_PLANNED_BATCH.bit_length())]
-    for values in itertools.product(*ranges.values()):
-        yield MemoryOptions(**options, **dict(zip(ranges, values, strict=True)))

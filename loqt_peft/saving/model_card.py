@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from yaml import YAMLError
+
+from ..compat import calling_objects
 
 
 if TYPE_CHECKING:
@@ -230,17 +231,15 @@ def describe_saved_adapter(config: LoQTConfig, save_directory: str | Path) -> No
 
     # `PeftModel.push_to_hub` goes on to write, over this card, the one of the repository or a general one of transformers.
     # It hands the config nothing, so that only the frame that is running knows that card.
-    frame = sys._getframe(1)
-    while frame is not None:
-        model, card = frame.f_locals.get("self"), frame.f_locals.get("model_card")
-        if frame.f_code.co_name == "push_to_hub" and isinstance(model, PeftModel) and isinstance(card, ModelCard):
+    for model, method, variables in calling_objects(PeftModel):
+        card = variables.get("model_card")
+        if method == "push_to_hub" and isinstance(card, ModelCard):
             card.save(path)
             tags = card.data.tags or []
             model.create_or_update_model_card(str(path.parent))
             add_loqt_section(path, config, subfolder, tags)
             card.content = ModelCard.load(path).content
             return
-        frame = frame.f_back
 
 
 def _is_peft_card(path: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from ..compat import calling_objects
 from .per_layer import PerLayerOptimizer, check_training_arguments, remove_hooks
 
 
@@ -28,13 +28,7 @@ def callback_handler() -> CallbackHandler | None:
     """The handler that is calling the callback that calls this; `None` outside of a Trainer."""
     # Callbacks get no reference to the Trainer, and its reporters (TensorBoard, W&B, ...) come before them in line; what a
     # callback adds to `logs` in `on_log` reaches none of them. The handler that is calling can address them all.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return handler
-        frame = frame.f_back
-    return None
+    return next((handler for handler, _, _ in calling_objects(CallbackHandler)), None)
 
 
 def count_tokens(inputs: Any) -> int:
