@@ -1,4 +1,4 @@
-# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make test`, `make lint`.
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make gpu`, `make test`, `make lint`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo glue compare test lint types dist clean
+.PHONY: install demo glue compare gpu gpu-kit test lint types dist clean
 
 install: $(STAMP)
 
@@ -33,6 +33,14 @@ glue: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python -m benchmarks.compare $(COMPARE_ARGS)
 
+# The claims about GPUs, measured; GPU_ARGS=--tiny runs all of it in a small form on the CPU. See docs/gpu.md.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+# A folder to carry to a GPU machine without network.
+gpu-kit: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.kit $(KIT_ARGS)
+
 # One thread a worker: the tests' models are too small for more.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
@@ -52,5 +60,5 @@ dist: $(STAMP)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .nox
 	find . -name __pycache__ -prune -exec rm -rf {} +

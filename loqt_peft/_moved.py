@@ -27,7 +27,7 @@ MOVED = {
     "schedule": ("algorithm.schedule", "choices"),
     "simulation": ("memory.simulation", "memory.counter", "memory.simulated_model"),
     "target_modules": ("layers.target_modules",),
-    "update": ("training.update", "training.figures", "training.optimizer_state", "layers.layer"),
+    "update": ("training.update", "training.figures", "training.optimizer_state", "layers.find"),
 }
 # of those; old name -> new name
 RENAMED = {

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ._moved import moved_names
 from .findings import report
 from .health import trainer_findings
-from .layers.layer import active_layers
+from .layers.find import active_layers
 from .layers.weight_shares import weight_shares
 from .saving.model_card import keep_loqt_section, write_model_card
 from .training.distributed import tell_ddp

@@ -22,7 +22,8 @@ from transformers.training_args import ParallelMode
 
 from .config import LoQTConfig
 from .findings import Finding
-from .layers.layer import LoQTLayer, active_layers, loqt_layers
+from .layers.find import active_layers, loqt_layers
+from .layers.layer import LoQTLayer
 from .layers.training_watch import HOW_TO_ATTEND, never_updated_findings, unattended_findings
 from .layers.weight_shares import WeightShares, weight_shares
 from .saving.base_name import base_name_findings

@@ -11,8 +11,9 @@ from torch import nn
 
 from .config import LoQTConfig
 from .findings import Finding, report
+from .layers.find import loqt_layers
 from .layers.full_rank import names_outside_layers
-from .layers.layer import LoQTLayer, loqt_layers
+from .layers.layer import LoQTLayer
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
 

@@ -22,8 +22,9 @@ from .config import LoQTConfig
 from .export import ExportReport, export
 from .findings import report
 from .health import saving_findings
+from .layers.find import loqt_layers
 from .layers.full_rank import full_rank_parameters, names_outside_layers
-from .layers.layer import LoQTLayer, loqt_layers
+from .layers.layer import LoQTLayer
 from .layers.linear import Linear
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit

@@ -5,12 +5,16 @@ import importlib.metadata
 import pytest
 import torch
 from packaging.version import Version
+from transformers import Trainer
 
 
 dynamo_inlines_hooks = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7.dev0"),
     reason="torch.compile of torch 2.6 cannot inline the hooks in PEFT's forward pass",
 )
+
+# that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0
+TRAINER_LOGS_NORMS_WITHOUT_CLIPPING = hasattr(Trainer, "_get_grad_norm")
 
 
 def transformers_takes_this_peft(min_version: str) -> None:

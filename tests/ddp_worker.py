@@ -12,7 +12,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training import performance
 
 

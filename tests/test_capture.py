@@ -10,9 +10,9 @@ from peft import get_peft_model
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from loqt_peft.layers import host_memory
-from loqt_peft.layers.host_memory import HostCopy
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers import gradient_offload
+from loqt_peft.layers.find import loqt_layers
+from loqt_peft.layers.gradient_offload import HostCopy
 
 
 def merged_dense_copy(model):
@@ -396,7 +396,7 @@ class LateCopy:
 
 @pytest.fixture
 def late_copies(monkeypatch):
-    monkeypatch.setattr(host_memory, "_start_copy", LateCopy)
+    monkeypatch.setattr(gradient_offload, "_start_copy", LateCopy)
     monkeypatch.setattr(LateCopy, "log", [])
     return LateCopy.log
 
@@ -460,8 +460,8 @@ def test_pinned_memory_is_bounded_and_used_again(monkeypatch):
         return empty_like(tensor.as_subclass(torch.Tensor), device=device)
 
     monkeypatch.setattr(torch, "empty_like", allocate)
-    monkeypatch.setattr(host_memory, "_start_copy", LateCopy)
-    monkeypatch.setattr(host_memory, "PINNED_BYTES", 4096)
+    monkeypatch.setattr(gradient_offload, "_start_copy", LateCopy)
+    monkeypatch.setattr(gradient_offload, "PINNED_BYTES", 4096)
     # 1,200 bytes, for which torch takes 2,048
     tensor = torch.ones(300).as_subclass(OnDevice)
     copies = [HostCopy(tensor) for _ in range(3)]

@@ -32,7 +32,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.trainer_utils import get_last_checkpoint as newest_checkpoint
 
 from loqt_peft import LoQTConfig, LoQTTrainerCallback, get_last_checkpoint
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.saving.base_name import base_name_findings
 from loqt_peft.saving.seal import FORMAT_VERSION, SEAL_SIZE, Seal, checksum
 from loqt_peft.training.update import begin_step, end_step

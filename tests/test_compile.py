@@ -7,7 +7,7 @@ from conditions import dynamo_inlines_hooks
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 pytestmark = dynamo_inlines_hooks

@@ -5,9 +5,9 @@ import torch
 from common import loqt_config, single_linear, tiny_llama, token_batch, train_steps
 from peft import get_peft_model
 
-from loqt_peft.layers import host_memory
-from loqt_peft.layers.host_memory import HostCopy
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers import gradient_offload
+from loqt_peft.layers.find import loqt_layers
+from loqt_peft.layers.gradient_offload import HostCopy
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -38,14 +38,14 @@ def test_another_stream_waits_for_a_copy_before_it_reads_it():
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_before_it_arrives_on_the_host(monkeypatch):
-    start_copy = host_memory._start_copy
+    start_copy = gradient_offload._start_copy
 
     def late_copy(host, tensor, pinned):
         host.zero_()
         torch.cuda._sleep(SLEEP // 10)
         return start_copy(host, tensor, pinned)
 
-    monkeypatch.setattr(host_memory, "_start_copy", late_copy)
+    monkeypatch.setattr(gradient_offload, "_start_copy", late_copy)
     config = loqt_config(update_mode="whole", offload_gradients=True)
     model = get_peft_model(tiny_llama().cuda(), config).train()
     tokens = token_batch().cuda()

@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from loqt_peft.algorithm import compensation, projection, quantization
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.choices import QUANT_TYPES
+from loqt_peft.layers.find import loqt_layers
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
@@ -54,7 +55,7 @@ def operations():
             results["project", shape, method] = projection.project(W, r, method)
         results["random", shape] = P = projection.random_projection(shape, r, 3)
         results["energy", shape] = projection.captured_energy(W, P)
-        for quant_type, double_quant in itertools.product((*quantization.QUANT_TYPES, None), (False, True)):
+        for quant_type, double_quant in itertools.product((*QUANT_TYPES, None), (False, True)):
             storage = quantization.storage_format(shape, quant_type, double_quant, torch.float32)
             packed = storage.pack(W)
             key = shape, quant_type, double_quant

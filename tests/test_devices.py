@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loqt_peft.algorithm.quantization import on_device, storage_format
 from loqt_peft.layers import base_weight
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 class Transfers(TorchDispatchMode):

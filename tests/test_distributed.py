@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training import distributed
 from loqt_peft.training.distributed import ignored_by_ddp, tell_ddp
 

@@ -39,7 +39,7 @@ from loqt_peft.algorithm.quantization import FourBitFormat
 from loqt_peft.cli.adapter import base_class, load_base
 from loqt_peft.cli.main import main
 from loqt_peft.export import conversion
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_peft.algorithm import linear_map as functional
 from loqt_peft.algorithm.operations import cheapest, operations
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training.switching import project_gradient
 
 

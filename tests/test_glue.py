@@ -12,7 +12,7 @@ from peft import AutoPeftModelForSequenceClassification
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
 
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "glue"

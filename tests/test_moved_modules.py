@@ -12,7 +12,7 @@ from loqt_peft._moved import MOVED, MOVED_NAMES
 # all public names, imported ones left out, of the modules of the last version without folders: of those that have moved
 OF_MOVED_MODULES = {
     "checkpoint": "ERROR FORMAT_VERSION SAMPLE_SIZE SEAL_SIZE Seal TENSORS base_storage_code canonical checksum "
-    "get_last_checkpoint logger newer_version sample saved_base_quantization seal_adapter verify_adapter",
+    "get_last_checkpoint newer_version sample saved_base_quantization seal_adapter verify_adapter",
     "closed_form": "BASES CLOSED_FORM_TYPES ClosedForm DTYPES ESTIMATED_PROJECTIONS FIELDS Linear METHODS MemoryOptions "
     "ModelShape OPTIMIZERS load_config",
     "compensation": "Compensated compensate",
@@ -31,8 +31,7 @@ OF_MOVED_MODULES = {
     "schedule": "INTERVAL_SCHEDULES UpdateSchedule staggered_offsets",
     "simulation": "DEVICE FEW_LAYERS HOST Peak Run StorageCounter aten build_model measure_on_cpu simulate with_layers",
     "target_modules": "TARGET_MODULES_MAPPING",
-    "update": "FIRST_MOMENTS LoQTUpdate MOMENT_BLOCKSIZE active_layers begin_step cancel_step end_step logger "
-    "loqt_layers",
+    "update": "FIRST_MOMENTS LoQTUpdate MOMENT_BLOCKSIZE active_layers begin_step cancel_step end_step loqt_layers",
 }
 # and of those that are still there
 OF_OTHER_MODULES = {

@@ -15,7 +15,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training.optimizer_state import optimizer_findings, treat_optimizer_state
 
 

@@ -13,7 +13,7 @@ from loqt_peft import LoQTTrainerCallback
 from loqt_peft.algorithm.compensation import compensate
 from loqt_peft.algorithm.projection import random_projection
 from loqt_peft.layers.capture import GradientCapture
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training import distributed
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training.performance import count_tokens
 
 

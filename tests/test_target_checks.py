@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.layers.target_checks import READ_NOT_CALLED
 
 

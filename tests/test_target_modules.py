@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.layers.target_modules import TARGET_MODULES_MAPPING
 
 

@@ -21,7 +21,7 @@ from loqt_peft import LoQTConfig, LoQTTrainerCallback, PerformanceCallback
 from loqt_peft.algorithm import switch
 from loqt_peft.layers import stopwatch
 from loqt_peft.layers.capture import GradientCapture
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.layers.linear import Linear
 from loqt_peft.training import performance
 
@@ -468,9 +468,11 @@ def test_8bit_optimizer_trains(tmp_path):
 
 
 def test_data_parallel_is_refused():
-    args = types.SimpleNamespace(parallel_mode=ParallelMode.NOT_DISTRIBUTED, n_gpu=2)
+    trainer = make_trainer(loqt_model(), "unused")
+    trainer.args._n_gpu = 2
+    assert trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED
     with pytest.raises(ValueError, match="torchrun"):
-        LoQTTrainerCallback._check_setup(args, loqt_model(), None)
+        LoQTTrainerCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +482,7 @@ def test_sharded_training_is_refused(monkeypatch, distributed_type):
     trainer = make_trainer(loqt_model(), "unused")
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", distributed_type)
     with pytest.raises(ValueError, match=f"{distributed_type.value} is not supported"):
-        LoQTTrainerCallback._check_setup(trainer.args, trainer.model, None)
+        LoQTTrainerCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_auto_find_batch_size_is_refused_after_a_switch(tmp_path):

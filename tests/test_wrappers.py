@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from loqt_peft import LoQTTrainerCallback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 from loqt_peft.training.update import begin_step, end_step
 
 

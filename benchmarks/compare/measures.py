@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.algorithm.projection import orthonormalize, restrict, squared_norm
-from loqt_peft.layers.layer import LoQTLayer, loqt_layers
+from loqt_peft.layers.find import loqt_layers
+from loqt_peft.layers.layer import LoQTLayer
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

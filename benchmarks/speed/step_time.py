@@ -40,6 +40,8 @@ from loqt_peft import LoQTConfig
 from loqt_peft.algorithm import linear_map
 from loqt_peft.algorithm.linear_map import BRANCH, cheapest, operations
 from loqt_peft.layers.layer import LoQTLayer
+from loqt_peft.training import update as loqt_update
+from loqt_peft.training.switching import project_gradient
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,9 +86,6 @@ class Run:
                 parameter.register_post_accumulate_grad_hook(lambda _, stepped=stepped: _step(stepped))
         else:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        if self.loqt:
-            for _, layer in self.layers():
-                layer.project_gradient = self._timed("projection", layer.project_gradient)
 
     def layers(self):
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LoQTLayer)]
@@ -109,7 +108,9 @@ class Run:
         self.steps += 1
         start = time.process_time()
         if self.loqt:
-            self.model.begin_step(1000 * self.steps if update else 1000 * self.steps + 1, lambda: True)
+            # P is made by the function that begin_step finds
+            with mock.patch.object(loqt_update, "project_gradient", self._timed("projection", project_gradient)):
+                self.model.begin_step(1000 * self.steps if update else 1000 * self.steps + 1, lambda: True)
         with self.autocast():
             loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from .._moved import moved_names
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 from .checks import (
     active_adapter,
     check_base_quantizer,

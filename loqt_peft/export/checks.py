@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..choices import EXPORT_FORMATS
 from ..compat import kept_in_float32
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 
 
 # by these files a folder is taken for a model; left beside a new one, some would be loaded in its place
@@ -86,7 +86,7 @@ def active_adapter(tuner: BaseTuner) -> str:
         raise ValueError(f"One adapter must be active for an export, and these are: {adapters}. Use `set_adapter`.")
     layers = [layer for _, layer in loqt_layers(tuner.model)]
     for layer in layers:
-        layer.verify()
+        layer.verify(adapters[0])
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged into the base weights. Call `unmerge_adapter` before an export.")
     if any(layer.disable_adapters for layer in layers):

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 from .report import Errors
 
 

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..algorithm.quantization import undo_cpu_packing
 from ..choices import QUANT_TYPES
 from ..layers.base_weight import source_class
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 from .conversion import cast, convert_layers
 from .report import Errors
 

@@ -13,8 +13,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..layers.find import loqt_layers
 from ..layers.full_rank import full_rank_parameters
-from ..layers.layer import LoQTLayer, loqt_layers
+from ..layers.layer import LoQTLayer
 from .report import Errors
 
 

@@ -12,7 +12,7 @@ from ..algorithm.linear_map import weight_gradient
 from ..algorithm.precision import without_autocast
 from ..algorithm.switch import NewProjection
 from ..compat import is_in_backward
-from .host_memory import HostCopy, for_device, for_host
+from .gradient_offload import HostCopy, for_device, for_host
 from .stopwatch import Stretch, mark
 
 
@@ -115,7 +115,8 @@ class GradientCapture:
             offload (`bool`):
                 Keep on the CPU what has to be kept of the gradient until the switch: the packed P where it is computed in
                 the backward pass, else 4 bytes for each element of W. Up to 2 GiB of a process are page-locked (see
-                [`~loqt_peft.layers.host_memory.PINNED_BYTES`]), the rest is ordinary memory, which is given back afterwards.
+                [`~loqt_peft.layers.gradient_offload.PINNED_BYTES`]), the rest is ordinary memory, which is given back
+                afterwards.
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.

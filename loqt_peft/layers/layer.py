@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +25,6 @@ from .base_weight import BaseWeight
 from .capture import GradientCapture
 from .training_watch import TrainingWatch
 from .update_state import STATE_SIZE, UpdateState
-from .weight_guard import UnreadableWeight
 
 
 if TYPE_CHECKING:
@@ -178,16 +176,6 @@ class LoQTLayer(BaseTunerLayer):
         """Floating dtype of the base weight; of a 4-bit base the dtype that it dequantizes to."""
         return self.base.dtype
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base weight; while an adapter acts, only to ask for its dtype, device and shape."""
-        weight = self.get_base_layer().weight
-        acts = any(name in self.loqt_B for name in self.active_adapters)
-        readable = self.disable_adapters or self.merged or not acts or self.quantization_backend is not None
-        if readable or torch.compiler.is_compiling():
-            return weight
-        return weight.detach().as_subclass(UnreadableWeight)
-
     def has_switched(self, adapter_name: str) -> bool:
         """Whether the adapter has been through a switch, so that it holds a weight of its own."""
         # a slot may have been allocated, but nothing loaded into it
@@ -292,18 +280,10 @@ class LoQTLayer(BaseTunerLayer):
         """P as the forward pass sees it: `[r, in]` if in <= out, else `[out, r]`."""
         return self.projection_format(adapter_name).unpack(self.loqt_P[adapter_name], dtype)
 
-    def base_sample(self) -> tuple[int, torch.Tensor]:
-        """See [`BaseWeight.sample`]."""
-        return self.base.sample(self.compute_device)
-
     def kept_error(self, adapter_name: str) -> torch.Tensor | None:
         """With `error_feedback`, what the last switch left over of the weight, packed, on the device of the computation."""
         error = self.loqt_error[adapter_name] if adapter_name in self.loqt_error else None
         return None if error is None else error.to(self.compute_device)
-
-    def effective_weight(self, adapter_name: str) -> torch.Tensor:
-        """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
-        return self.low_rank_weight(adapter_name).add_(self.frozen_weight(adapter_name))
 
     def frozen_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q), or W_base before the first switch: float32 `[out, in]`."""
@@ -317,21 +297,6 @@ class LoQTLayer(BaseTunerLayer):
         self.verify(adapter_name)
         B = self.loqt_B[adapter_name].detach()
         return low_rank_product(B, self.projection(adapter_name), self.scaling[adapter_name], self.right)
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """deq(W_q) − W_base + s·PB, float32, in the layout of the base weight.
-
-        Raises:
-            ValueError: If the base weights were dropped.
-        """
-        with torch.no_grad():
-            delta = self.low_rank_weight(adapter_name)
-            if self.has_switched(adapter_name):
-                delta.add_(self.frozen_weight(adapter_name)).sub_(self.base.value(self.compute_device))
-        return delta.T if self.fan_in_fan_out else delta
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
     ###############################
     # Placing
@@ -373,29 +338,3 @@ class LoQTLayer(BaseTunerLayer):
         if self.loqt_weight:
             self.place()
         return module
-
-
-def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
-    """All LoQT layers of a model, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLayer))
-
-
-def active_layers(model: nn.Module) -> tuple[str | None, list[tuple[str, LoQTLayer]]]:
-    """The adapter that trains, and its layers; `(None, [])` if there is none.
-
-    Raises:
-        ValueError: If several LoQT adapters train at once: their changes to W could not be told apart.
-    """
-    return active_of(list(loqt_layers(model)))
-
-
-def active_of(layers: list[tuple[str, LoQTLayer]]) -> tuple[str | None, list[tuple[str, LoQTLayer]]]:
-    """[`active_layers`] of a model whose layers are known."""
-    found: dict[str, list[tuple[str, LoQTLayer]]] = {}
-    for name, layer in layers:
-        for adapter_name in layer.active_adapters:
-            if adapter_name in layer.loqt_B and layer.loqt_B[adapter_name].requires_grad:
-                found.setdefault(adapter_name, []).append((name, layer))
-    if len(found) > 1:
-        raise ValueError(f"Only one LoQT adapter can train at a time, but these are active: {sorted(found)}.")
-    return next(iter(found.items()), (None, []))

@@ -14,6 +14,7 @@ from ..algorithm.linear_map import LoQTLinear
 from ..compat import swap_hooks
 from .base_weight import dense_layer
 from .layer import LoQTLayer
+from .weight_guard import UnreadableWeight
 
 
 if TYPE_CHECKING:
@@ -151,6 +152,39 @@ class Linear(LoQTLayer, nn.Module):
         if self.right:
             return F.linear(scaling * projection_format.linear(x, P), B)
         return projection_format.linear(scaling * F.linear(x, B), P)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight; while an adapter acts, only to ask for its dtype, device and shape."""
+        weight = self.get_base_layer().weight
+        acts = any(name in self.loqt_B for name in self.active_adapters)
+        readable = self.disable_adapters or self.merged or not acts or self.quantization_backend is not None
+        if readable or torch.compiler.is_compiling():
+            return weight
+        return weight.detach().as_subclass(UnreadableWeight)
+
+    def base_sample(self) -> tuple[int, torch.Tensor]:
+        """See [`BaseWeight.sample`]."""
+        return self.base.sample(self.compute_device)
+
+    def effective_weight(self, adapter_name: str) -> torch.Tensor:
+        """deq(W_q) + s·PB, or W_base + s·PB before the first switch: float32 `[out, in]`."""
+        return self.low_rank_weight(adapter_name).add_(self.frozen_weight(adapter_name))
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """deq(W_q) − W_base + s·PB, float32, in the layout of the base weight.
+
+        Raises:
+            ValueError: If the base weights were dropped.
+        """
+        with torch.no_grad():
+            delta = self.low_rank_weight(adapter_name)
+            if self.has_switched(adapter_name):
+                delta.add_(self.frozen_weight(adapter_name)).sub_(self.base.value(self.compute_device))
+        return delta.T if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..findings import Finding, report
 
-
-if TYPE_CHECKING:
-    from .layer import LoQTLayer
 
 HOW_TO_ATTEND = (
     "Pass `callbacks=[LoQTTrainerCallback()]` to the Trainer, or call `model.begin_step(step)` and "
@@ -47,7 +44,7 @@ class TrainingWatch:
         if attended:
             self.unattended.clear()
 
-    def observe(self, layer: LoQTLayer, adapter_name: str) -> None:
+    def observe(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """See the gradients of the adapter's B from now on."""
         B = layer.loqt_B[adapter_name]
         if B in _watched or not B.requires_grad:
@@ -62,7 +59,7 @@ class TrainingWatch:
         B.register_hook(on_gradient)
         _watched[B] = True
 
-    def on_gradient(self, layer: LoQTLayer, adapter_name: str) -> None:
+    def on_gradient(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """B has got a gradient."""
         self.trained.add(adapter_name)
         if self.attended:
@@ -72,7 +69,7 @@ class TrainingWatch:
             self._report(layer, adapter_name)
         self.unattended.add(adapter_name)
 
-    def on_forward(self, layer: LoQTLayer, adapter_name: str) -> None:
+    def on_forward(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """In training, with gradients: warn if there was a backward pass already that nobody asked an update after."""
         self._runs_eagerly = True
         if not self.attended:
@@ -80,13 +77,13 @@ class TrainingWatch:
             if adapter_name in self.unattended:
                 self._report(layer, adapter_name)
 
-    def _report(self, layer: LoQTLayer, adapter_name: str) -> None:
+    def _report(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         if adapter_name not in self._told:
             self._told.add(adapter_name)
             report(unattended_findings(layer, adapter_name), stacklevel=4)
 
 
-def unattended_findings(layer: LoQTLayer, adapter_name: str) -> list[Finding]:
+def unattended_findings(layer: BaseTunerLayer, adapter_name: str) -> list[Finding]:
     """Whether one layer is trained while nobody asks for updates."""
     if adapter_name not in layer.watch.unattended:
         return []
@@ -115,7 +112,7 @@ def unattended_findings(layer: LoQTLayer, adapter_name: str) -> list[Finding]:
     ]
 
 
-def never_updated_findings(layers: Iterable[LoQTLayer], adapter_name: str) -> list[Finding]:
+def never_updated_findings(layers: Iterable[BaseTunerLayer], adapter_name: str) -> list[Finding]:
     """Whether an adapter was trained, but has learned nothing, since not one update came by."""
     layers = list(layers)
     learned = any(
@@ -137,7 +134,7 @@ def never_updated_findings(layers: Iterable[LoQTLayer], adapter_name: str) -> li
     ]
 
 
-def lost_update_findings(layers: Iterable[LoQTLayer], adapter_name: str, step: int) -> list[Finding]:
+def lost_update_findings(layers: Iterable[BaseTunerLayer], adapter_name: str, step: int) -> list[Finding]:
     """Whether the first update of layers is missing, though its step has gone by.
 
     Args:

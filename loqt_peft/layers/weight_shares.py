@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 from torch import nn
 
 from ..findings import Finding
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 
 
 # share of the weights in fused parameters from which on a user deserves a word

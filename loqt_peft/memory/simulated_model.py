@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from ..compat import quantize_now
 from ..config import LoQTConfig
-from ..layers.layer import loqt_layers
+from ..layers.find import loqt_layers
 from .options import MemoryOptions
 
 

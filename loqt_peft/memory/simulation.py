@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..algorithm.quantization import _dynamic_map
-from ..layers.layer import LoQTLayer, loqt_layers
+from ..layers.find import loqt_layers
+from ..layers.layer import LoQTLayer
 from .counter import DEVICE, HOST, Peak, StorageCounter
 from .options import MemoryOptions
 from .simulated_model import (

@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch import nn
 
 from ..algorithm.switch import NewProjection, Switch
-from ..layers.layer import LoQTLayer, loqt_layers
+from ..layers.find import loqt_layers
+from ..layers.layer import LoQTLayer
 from .switching import compute_switch, draw_projection, empty_switch, project_gradient
 
 

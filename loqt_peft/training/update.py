@@ -14,7 +14,8 @@ from torch import nn
 
 from ..algorithm.schedule import staggered_offsets
 from ..findings import report, report_once
-from ..layers.layer import LoQTLayer, active_layers, active_of, loqt_layers
+from ..layers.find import active_layers, active_of, loqt_layers
+from ..layers.layer import LoQTLayer
 from ..layers.stopwatch import Stretch, mark
 from ..layers.training_watch import lost_update_findings
 from ..saving.base_name import report_base_name

@@ -7,7 +7,7 @@ from compare_runs import BY_METHOD, TINY, run_tiny, tiny_model, tiny_spec, token
 from benchmarks.compare import measures, methods, training
 from benchmarks.compare.settings import NAMES, Variant
 from benchmarks.compare.variants import LOQT, with_feedback
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 def test_bytes_are_those_of_a_hand_count():

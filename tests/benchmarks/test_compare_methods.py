@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from benchmarks.compare import methods, training
 from benchmarks.compare.relora import merge_and_restart, relora_schedule
 from benchmarks.compare.settings import NAMES, Variant
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -12,7 +12,7 @@ from benchmarks.compare.settings import SIZES, Variant, key_of, make_spec
 from benchmarks.compare.studies import STUDIES
 from benchmarks.compare.variants import LOQT, fitted
 from loqt_peft import LoQTConfig
-from loqt_peft.layers.layer import loqt_layers
+from loqt_peft.layers.find import loqt_layers
 
 
 def device_bytes(variant):

@@ -1,0 +1,4 @@
+from .runner import main
+
+
+main()
