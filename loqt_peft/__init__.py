@@ -12,6 +12,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .callback import LoQTTrainerCallback
     from .config import LoQTConfig
+    from .findings import LoQTWarning
     from .memory import estimate_memory, plan_memory
     from .model import LoQTModel
     from .saving.checkpoints import get_last_checkpoint
@@ -23,6 +24,7 @@ _MODULES = {
     "LoQTConfig": "config",
     "LoQTModel": "model",
     "LoQTTrainerCallback": "callback",
+    "LoQTWarning": "findings",
     "PerformanceCallback": "training.performance",
     "estimate_memory": "memory",
     "get_last_checkpoint": "saving.checkpoints",
@@ -35,6 +37,7 @@ __all__ = [
     "LoQTConfig",
     "LoQTModel",
     "LoQTTrainerCallback",
+    "LoQTWarning",
     "PerformanceCallback",
     "__version__",
     "estimate_memory",
@@ -84,7 +87,7 @@ def register() -> None:
 
 def _is_command_line() -> bool:
     # `python -m loqt_peft` imports this package while it looks for `__main__`, and says so by this name of the program
-    return Path(sys.argv[0] if sys.argv else "").stem in ("-m", "loqt")
+    return Path(sys.argv[0] if sys.argv else "").name in ("-m", "loqt", "loqt.exe")
 
 
 forward_moved_modules()

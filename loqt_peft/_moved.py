@@ -50,6 +50,14 @@ MOVED_NAMES = {
         "trained_quantization": "cli.adapter.trained_quantization",
     },
     "callback": {"REFUSED": "health.REFUSED"},
+    "config": {
+        "INTERVAL_SCHEDULES": "choices.INTERVAL_SCHEDULES",
+        "OPTIMIZER_STATES": "choices.OPTIMIZER_STATES",
+        "PROJECTIONS": "choices.PROJECTIONS",
+        "QUANT_TYPES": "choices.QUANT_TYPES",
+        "RETAIN_BASE": "choices.RETAIN_BASE",
+        "UPDATE_MODES": "choices.UPDATE_MODES",
+    },
     "export": {"FORMATS": "choices.EXPORT_FORMATS"},
     "memory": {
         "LARGEST_PLANNED_BATCH": "memory.plan.LARGEST_PLANNED_BATCH",

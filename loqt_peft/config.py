@@ -12,17 +12,14 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ._moved import moved_names
 from .algorithm.schedule import UpdateSchedule
-from .choices import (
-    INTERVAL_SCHEDULES,
-    OPTIMIZER_STATES,
-    PROJECTIONS,
-    QUANT_TYPES,
-    RETAIN_BASE,
-    UPDATE_MODES,
-)
-from .saving.seal import FORMAT_VERSION, newer_version
+from .config_checks import check_fields
+from .findings import LoQTWarning
+from .saving.seal import FORMAT_VERSION
 
+
+__getattr__ = moved_names(__name__)
 
 # rank, scale and compensation steps by model size
 PAPER = {
@@ -207,7 +204,9 @@ class LoQTConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self._validate()
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        check_fields(self)
         # a saved adapter has been trained with its scale
         if self.format_version is None:
             self._warn_of_large_scales()
@@ -221,99 +220,10 @@ class LoQTConfig(PeftConfig):
                 f"{', '.join(large)}: this is the paper's scale s, which multiplies PB as it is and is not divided by r as "
                 "lora_alpha is. The paper uses 0.25 to 0.5 in pretraining and 2 on GLUE; loqt_alpha='auto' follows rank and "
                 "width.",
-                # past _validate's caller, the dataclass and what names the fields
+                # past __post_init__, the dataclass and what names the fields
+                LoQTWarning,
                 stacklevel=5,
             )
-
-    def _validate(self) -> None:
-        def check(name: str, allowed: bool, what: str) -> None:
-            if not allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {what}.")
-
-        def is_int(value) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        def is_number(value) -> bool:
-            return (is_int(value) or isinstance(value, float)) and abs(value) < float("inf")
-
-        def choice(name: str, choices: tuple) -> None:
-            check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
-
-        def at_least(name: str, smallest: int) -> None:
-            value = getattr(self, name)
-            check(name, is_int(value) and value >= smallest, f"an integer of at least {smallest}")
-
-        at_least("r", 1)
-        alpha = self.loqt_alpha
-        check("loqt_alpha", alpha == "auto" or (is_number(alpha) and alpha > 0), "a positive number, or 'auto'")
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
-        check(
-            "rank_pattern",
-            isinstance(self.rank_pattern, dict) and all(is_int(r) and r >= 1 for r in self.rank_pattern.values()),
-            "a dict of names to integers of at least 1",
-        )
-        check(
-            "alpha_pattern",
-            isinstance(self.alpha_pattern, dict) and all(is_number(s) and s > 0 for s in self.alpha_pattern.values()),
-            "a dict of names to positive numbers",
-        )
-        for name in ("layers_to_transform", "layers_pattern"):
-            check(
-                name,
-                getattr(self, name) is None or not isinstance(self.target_modules, str),
-                "None when target_modules is a string",
-            )
-        check(
-            "layers_pattern",
-            not self.layers_pattern or self.layers_to_transform is not None,
-            "None when layers_to_transform is None",
-        )
-        choice("quantize_weight", (*QUANT_TYPES, None))
-        choice("quantize_projection", (*QUANT_TYPES, None))
-        for name in ("double_quant", "error_feedback", "init_weights"):
-            check(name, isinstance(getattr(self, name), bool), "True or False")
-        check(
-            "error_feedback",
-            not self.error_feedback or self.quantize_weight is not None,
-            "False with quantize_weight=None, which leaves no error",
-        )
-        choice("update_mode", UPDATE_MODES)
-        offload = self.offload_gradients
-        check("offload_gradients", offload is None or isinstance(offload, bool), "True, False or None")
-        at_least("compensation_steps", 0)
-        at_least("update_interval", 1)
-        choice("interval_schedule", INTERVAL_SCHEDULES)
-        # gaps must not shrink to nothing
-        smallest_growth = 0 if self.interval_schedule == "linear" else 1
-        check(
-            "interval_growth",
-            is_number(self.interval_growth) and self.interval_growth >= smallest_growth,
-            f"a finite number of at least {smallest_growth} with interval_schedule={self.interval_schedule!r}",
-        )
-        if self.max_interval is not None:
-            at_least("max_interval", 1)
-        choice("projection", PROJECTIONS)
-        choice("optimizer_state", OPTIMIZER_STATES)
-        names = self.full_rank_modules
-        check(
-            "full_rank_modules",
-            names is None or names == "all" or (not isinstance(names, str) and all(isinstance(n, str) for n in names)),
-            "None, 'all' or a list of module names",
-        )
-        check(
-            "full_rank_modules",
-            not isinstance(names, (list, set, tuple)) or not set(names) & set(self.modules_to_save or []),
-            f"no module may be in modules_to_save={self.modules_to_save!r} too",
-        )
-        choice("retain_base", RETAIN_BASE)
-        at_least("num_updates", 0)
-        if self.format_version is not None:
-            at_least("format_version", 1)
-            if self.format_version > FORMAT_VERSION:
-                raise ValueError(
-                    f"format_version={self.format_version} is not allowed: {newer_version(self.format_version)}."
-                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved."""

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+class LoQTWarning(UserWarning):
+    """Every warning of this package but deprecations; a healthy run has none."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is not in order.
@@ -39,7 +43,7 @@ def report(findings: Iterable[Finding], stacklevel: int = 2) -> None:
         if finding.severity == "error":
             errors.append(str(finding))
         else:
-            warnings.warn(str(finding), stacklevel=stacklevel + 1)
+            warnings.warn(str(finding), LoQTWarning, stacklevel=stacklevel + 1)
     if errors:
         raise ValueError(errors[0] if len(errors) == 1 else "\n- ".join(["Several things are wrong:", *errors]))
 

@@ -96,7 +96,24 @@ def trainer_findings(
             "No LoQT adapter is active and trainable.",
             "Activate one with `model.set_adapter(name)`, or load it with `is_trainable=True`.",
         )
-    found = averaging_findings(callbacks)
+    found = averaging_findings(callbacks) + _engine_findings(args)
+    found += _argument_findings(args, layers, adapter_name)
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
+        if missing:
+            found += _error(
+                "optimizer_without_b",
+                f"The optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, e.g. {missing[0]}.",
+                "Create it after `get_peft_model` and give it all trainable parameters.",
+            )
+        else:
+            found += optimizer_findings(layers, adapter_name, optimizer)
+    return found
+
+
+def _engine_findings(args: TrainingArguments) -> list[Finding]:
+    found = []
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         found += _error(
             "data_parallel",
@@ -110,6 +127,13 @@ def trainer_findings(
             f"{distributed_type.value} is not supported: {REFUSED[distributed_type]}.",
             "Use DDP.",
         )
+    return found
+
+
+def _argument_findings(
+    args: TrainingArguments, layers: list[tuple[str, LoQTLayer]], adapter_name: str
+) -> list[Finding]:
+    found = []
     if args.auto_find_batch_size and any(layer.num_updates(adapter_name) for _, layer in layers):
         found += _error(
             "auto_find_batch_size",
@@ -124,17 +148,6 @@ def trainer_findings(
             "low rank by itself.",
             "Use optim='adamw_torch' or 'adamw_bnb_8bit', without optim_target_modules.",
         )
-    if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
-        if missing:
-            found += _error(
-                "optimizer_without_b",
-                f"The optimizer does not hold B of {len(missing)} of {len(layers)} LoQT layers, e.g. {missing[0]}.",
-                "Create it after `get_peft_model` and give it all trainable parameters.",
-            )
-        else:
-            found += optimizer_findings(layers, adapter_name, optimizer)
     return found
 
 

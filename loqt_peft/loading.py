@@ -1,4 +1,4 @@
-"""What a loader has written into a model is verified before anything is computed with it."""
+"""What a loader brings into a model: its slots are made to fit, and it is verified before anything is computed with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LoQTConfig
-from .findings import Finding, report
+from .findings import Finding, LoQTWarning, report
 from .layers.find import loqt_layers
 from .layers.full_rank import names_outside_layers
 from .layers.layer import LoQTLayer
@@ -69,7 +69,54 @@ def verify(model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: 
         base_is_needed=_uses_base(model, adapter_name, set(names.values())),
     )
     if warning:
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, LoQTWarning, stacklevel=2)
+
+
+def make_room(
+    model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Make the slots of the layers, and `config.num_updates`, fit a checkpoint that has been verified.
+
+    Args:
+        model (`nn.Module`): The model that it is loaded into.
+        config (`LoQTConfig`): The adapter's.
+        adapter_name (`str`): Its name.
+        state_dict (`dict[str, torch.Tensor]`): The checkpoint: keys without the adapter's name. It stays as it is.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What is to be loaded: the checkpoint with zeros for its seals, which have served.
+    """
+    layers = layers_of(model, adapter_name)
+    # PEFT maps only keys that the model has a slot for
+    state_dict = dict(state_dict)
+    updates = [0]
+    for verification in {layer.verifications.get(adapter_name) for layer in layers.values()} - {None}:
+        verification.end()
+    for name, layer in layers.items():
+        prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
+        layer.allocate(adapter_name, state_dict[f"{prefix}.loqt_P"], state_dict.get(f"{prefix}.loqt_weight"))
+        updates.append(int(state_dict[f"{prefix}.loqt_state"][0]))
+        state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
+    config.num_updates = max(updates)
+    return state_dict
+
+
+def copy_or_await(model: nn.Module, config: LoQTConfig, adapter_name: str, source: str | None) -> None:
+    """Fill a new adapter from another one of the model; or, if it is to be loaded, verify it on its first use.
+
+    Args:
+        model (`nn.Module`): The model that holds both.
+        config (`LoQTConfig`): The new adapter's.
+        adapter_name (`str`): The new adapter.
+        source (`str`, *optional*): The adapter that it is a copy of.
+    """
+    layers = layers_of(model, adapter_name).values()
+    if source is not None and config.num_updates and not any(layer.loqt_B[adapter_name].is_meta for layer in layers):
+        for layer in layers:
+            layer.verify(source)
+            layer.copy_adapter(source, adapter_name)
+    elif config.format_version is not None or config.num_updates:
+        VerifyOnFirstUse(model, adapter_name)
 
 
 def tie_weights_after_load(model: nn.Module, _incompatible_keys=None) -> None:

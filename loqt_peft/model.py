@@ -29,7 +29,7 @@ from .layers.linear import Linear
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
-from .loading import VerifyOnFirstUse, layers_of, tie_weights_after_load, verify
+from .loading import copy_or_await, layers_of, make_room, tie_weights_after_load, verify
 from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
@@ -203,17 +203,7 @@ class LoQTModel(BaseTuner):
             report(weight_shares(model, adapter_name).findings())
         if config.full_rank_modules:
             model.register_load_state_dict_post_hook(tie_weights_after_load)
-        layers = layers_of(model, adapter_name).values()
-        if (
-            source is not None
-            and config.num_updates
-            and not any(layer.loqt_B[adapter_name].is_meta for layer in layers)
-        ):
-            for layer in layers:
-                layer.verify(source)
-                layer.copy_adapter(source, adapter_name)
-        elif config.format_version is not None or config.num_updates:
-            VerifyOnFirstUse(model, adapter_name)
+        copy_or_await(model, config, adapter_name, source)
 
     ###############################
     # State dict
@@ -245,19 +235,8 @@ class LoQTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoQTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        layers = layers_of(model, adapter_name)
         verify(model, config, adapter_name, state_dict)
-        # PEFT maps only keys that the model has a slot for
-        state_dict = dict(state_dict)
-        updates = [0]
-        for verification in {layer.verifications.get(adapter_name) for layer in layers.values()} - {None}:
-            verification.end()
-        for name, layer in layers.items():
-            prefix = name if f"{name}.loqt_P" in state_dict else f"base_model.model.{name}"
-            layer.allocate(adapter_name, state_dict[f"{prefix}.loqt_P"], state_dict.get(f"{prefix}.loqt_weight"))
-            updates.append(int(state_dict[f"{prefix}.loqt_state"][0]))
-            state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
-        config.num_updates = max(updates)
+        state_dict = make_room(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     ###############################

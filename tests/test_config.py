@@ -91,7 +91,7 @@ def test_registration():
     assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LOQT] == "loqt_"
     # importing twice must not register twice
     before = list(PeftType)
-    loqt_peft._register_peft_type()
+    loqt_peft.register()
     assert list(PeftType) == before
 
 

@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from loqt_peft.training.per_layer import PerLayerOptimizer
 
 
+# the examples are healthy runs
+pytestmark = pytest.mark.filterwarnings("error::loqt_peft.LoQTWarning")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretraining"
 TEXT = "The state of the union is strong, and the union of the states is strong.\n" * 200
 

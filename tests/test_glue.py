@@ -15,6 +15,9 @@ from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
 from loqt_peft.layers.find import loqt_layers
 
 
+# the examples are healthy runs
+pytestmark = pytest.mark.filterwarnings("error::loqt_peft.LoQTWarning")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "glue"
 WORDS = ["good", "fine", "nice", "bad", "poor", "sad", "the", "a", "film", "plot", "is", "was"]
 TASKS = {

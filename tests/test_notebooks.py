@@ -21,6 +21,9 @@ def test_there_are_notebooks():
 @each_notebook
 def test_runs_in_its_folder(path):
     notebook = nbformat.read(path, as_version=4)
+    # they are healthy runs
+    strict = "import warnings\nimport loqt_peft\nwarnings.simplefilter('error', loqt_peft.LoQTWarning)"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
     resources = {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
 

@@ -59,8 +59,7 @@ def compensate(
     if storage.is_lossless:
         return Compensated(weight, B.to(dtype), W.new_zeros(()), W.new_zeros(()))
     # W and one matrix of its size are held, not more
-    residual = storage.unpack(weight)
-    torch.sub(W, residual, out=residual)
+    residual = _residual(W, weight, storage)
     error_before = squared_norm(residual)
     best = Compensated(weight, B, error_before, error_before)
     del B
@@ -70,15 +69,7 @@ def compensate(
     basis, T = orthonormalize(P, right)
     for step in range(steps):
         coordinates = restrict(residual, basis, right)
-        error = squared_norm(residual) - squared_norm(coordinates)
-        # chosen on the device, which nobody waits for
-        better = error < best.error_after
-        best = Compensated(
-            _where(better, weight, best.weight),
-            _where(better, coordinates, best.B),
-            error_before,
-            torch.where(better, error, best.error_after),
-        )
+        best = _better_of(best, weight, coordinates, residual)
         if step + 1 < steps:
             # the room of the residual serves W − s·PB, and then that of the next one
             factors = (coordinates, basis) if right else (basis, coordinates)
@@ -86,11 +77,31 @@ def compensate(
             del coordinates, factors
             weight = storage.pack(residual)
             del residual
-            residual = storage.unpack(weight)
-            torch.sub(W, residual, out=residual)
+            residual = _residual(W, weight, storage)
     # what rounding B to 16 bits adds to the error, some 1e-5 of it, is left out
     B = (best.B @ T if right else T.T @ best.B).div_(scale).to(dtype)
     return best._replace(B=B, error_after=best.error_after.clamp(min=0))
+
+
+def _residual(W: torch.Tensor, weight: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
+    """W − deq(Q), in the one matrix that unpacking Q takes."""
+    residual = storage.unpack(weight)
+    return torch.sub(W, residual, out=residual)
+
+
+def _better_of(
+    best: Compensated, weight: torch.Tensor, coordinates: torch.Tensor, residual: torch.Tensor
+) -> Compensated:
+    """The best pair so far or, if it leaves less of the residual, Q and the coordinates of its residual within the span."""
+    error = squared_norm(residual) - squared_norm(coordinates)
+    # chosen on the device, which nobody waits for
+    better = error < best.error_after
+    return Compensated(
+        _where(better, weight, best.weight),
+        _where(better, coordinates, best.B),
+        best.error_before,
+        torch.where(better, error, best.error_after),
+    )
 
 
 def _where(condition: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,24 @@ def _settle_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
     layer.place()
 
 
+def _auto_scale(shape: tuple[int, int], r: int) -> float:
+    # a step of B by Adam of size η moves W by η s √(r/min(in, out)): so as much at every rank, and less in wider layers
+    return 16 / math.sqrt(r * min(shape))
+
+
+def _initial_factors(
+    shape: tuple[int, int], r: int, device: torch.device, identity: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and P of a new adapter: zeros, with which it is the identity, or random."""
+    # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
+    B = torch.zeros(trainable_shape(shape, r), dtype=torch.float32, device=device)
+    P = torch.zeros(projection_shape(shape, r), dtype=torch.float32, device=device)
+    if not identity:
+        nn.init.kaiming_uniform_(B, a=5**0.5)
+        nn.init.orthogonal_(P)
+    return B, P
+
+
 class LoQTLayer(BaseTunerLayer):
     """State of the LoQT adapters of one linear layer.
 
@@ -108,17 +126,11 @@ class LoQTLayer(BaseTunerLayer):
             )
         r = min(r, *self.shape)
         self.r[adapter_name] = r
-        # a step of B by Adam of size η moves W by η s √(r/min(in, out)): so as much at every rank, and less in wider layers
-        self.scaling[adapter_name] = 16 / math.sqrt(r * min(self.shape)) if scaling == "auto" else scaling
+        self.scaling[adapter_name] = _auto_scale(self.shape, r) if scaling == "auto" else scaling
         self.config[adapter_name] = config
 
-        # float32 unless PEFT casts it: a loader that goes by the dtype of this slot must not round what was saved
         device = torch.device("meta" if self.compute_device.type == "meta" else "cpu")
-        B = torch.zeros(trainable_shape(self.shape, r), dtype=torch.float32, device=device)
-        P = torch.zeros(projection_shape(self.shape, r), dtype=torch.float32, device=device)
-        if not config.init_weights:
-            nn.init.kaiming_uniform_(B, a=5**0.5)
-            nn.init.orthogonal_(P)
+        B, P = _initial_factors(self.shape, r, device, identity=config.init_weights)
         self.loqt_B[adapter_name] = nn.Parameter(B)
         self.loqt_P[adapter_name] = self.projection_format(adapter_name).pack(P)
         self.loqt_state[adapter_name] = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)

@@ -106,10 +106,18 @@ class TargetChecks:
 
     def obstacle(self, name: str) -> _Obstacle | None:
         """What keeps the module at `name` from becoming a LoQT layer."""
-        target, parent = self.modules[name], self.modules[name.rpartition(".")[0]]
-        kind = type(target).__name__
-        if isinstance(target, LoQTLayer):
+        if isinstance(self.modules[name], LoQTLayer):
             return None
+        return (
+            self._by_placement(name)
+            or self._by_type(name)
+            or self._by_weight(name)
+            or self._by_forward(name)
+            or self._by_parent(name)
+            or self._by_sharing(name)
+        )
+
+    def _by_placement(self, name: str) -> _Obstacle | None:
         if self.offloaded(name):
             return _Obstacle(
                 "offloaded",
@@ -118,6 +126,11 @@ class TargetChecks:
                 "Load the base model without offloading, whole on one device (`device_map={'': 0}`), in 4 bits if it is too "
                 "large (`BitsAndBytesConfig(load_in_4bit=True)`).",
             )
+        return None
+
+    def _by_type(self, name: str) -> _Obstacle | None:
+        target = self.modules[name]
+        kind = type(target).__name__
         if isinstance(target, BaseTunerLayer):
             return _Obstacle(
                 "other_adapter",
@@ -126,6 +139,10 @@ class TargetChecks:
             )
         if not is_linear(target):
             return _Obstacle("unsupported_type", f"is a {kind}, which LoQT does not support: only {SUPPORTED}.")
+        return None
+
+    def _by_weight(self, name: str) -> _Obstacle | None:
+        target = self.modules[name]
         computed = [
             n for n in ("weight", "bias") if n not in target._parameters and getattr(target, n, None) is not None
         ]
@@ -141,6 +158,11 @@ class TargetChecks:
             return _Obstacle(
                 "unsupported_weight", f"has a weight of type {type(weight).__name__}, which LoQT does not support."
             )
+        return None
+
+    def _by_forward(self, name: str) -> _Obstacle | None:
+        target = self.modules[name]
+        kind = type(target).__name__
         if type(target).forward not in _FORWARDS and kind not in _SAME_FORWARD:
             return _Obstacle(
                 "own_forward",
@@ -154,11 +176,15 @@ class TargetChecks:
                 "has a `forward` that was replaced on the instance, which LoQT would skip.",
                 "Undo that, or",
             )
+        return None
+
+    def _by_parent(self, name: str) -> _Obstacle | None:
+        path, _, child = name.rpartition(".")
+        parent = self.modules[path]
         if isinstance(parent, nn.MultiheadAttention):
             return _Obstacle(
                 "weight_read", "lies inside nn.MultiheadAttention, which uses its weight without calling it."
             )
-        child = name.rpartition(".")[2]
         for cls in type(parent).__mro__:
             if child in READ_NOT_CALLED.get(cls.__name__, ()):
                 return _Obstacle(
@@ -166,8 +192,12 @@ class TargetChecks:
                     f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not "
                     "act there.",
                 )
-        others = [other for other in self.sharing[id(weight)] if other != name]
-        if others and name in self.sharing[id(weight)]:
+        return None
+
+    def _by_sharing(self, name: str) -> _Obstacle | None:
+        sharing = self.sharing[id(self.modules[name].weight)]
+        others = [other for other in sharing if other != name]
+        if others and name in sharing:
             embeddings = any(isinstance(self.modules[other], nn.Embedding) for other in others)
             return _Obstacle(
                 "weight_shared",

@@ -73,44 +73,17 @@ def verify_adapter(
             scale, if the adapter is of a newer version, or made for another base. It says which and where.
     """
     problems = _Problems(adapter_name)
-    saved: dict[str, dict[str, torch.Tensor]] = {}
-    saved_rest: dict[str, torch.Tensor] = {}
-    for key, tensor in state_dict.items():
-        name, _, part = canonical(key).rpartition(".")
-        if part in (*TENSORS, ERROR, "loqt_seal"):
-            saved.setdefault(name, {})[part] = tensor
-        else:
-            saved_rest[canonical(key)] = tensor
-
+    saved, saved_rest = _by_layer(state_dict)
     here = {canonical(name): layer for name, layer in layers.items()}
-    for name in sorted(saved.keys() - here.keys()):
-        problems.add("The adapter targets layers that this model's config does not target", name)
-    for name in sorted(here.keys() - saved.keys()):
-        problems.add("This model's config targets layers that are not in the adapter", name)
-    for key in sorted(rest.keys() - saved_rest.keys()):
-        problems.add("Missing in the adapter", key)
-    for key in sorted(saved_rest.keys() - rest.keys()):
-        problems.add("The adapter holds tensors that this model's config has no place for", key)
-    for key in sorted(saved_rest.keys() & rest.keys()):
-        if saved_rest[key].shape != rest[key].shape:
-            problems.add(
-                "Another shape", f"{key} {tuple(saved_rest[key].shape)}, in this model {tuple(rest[key].shape)}"
-            )
-
+    _verify_names(saved, here, problems)
+    _verify_rest(saved_rest, rest, problems)
     seals: dict[str, Seal] = {}
     for name in sorted(saved.keys() & here.keys()):
         _verify_layer(name, here[name], adapter_name, saved[name], seals, problems)
 
     other_base = [name for name, seal in seals.items() if not same_base(seal, *here[name].base_sample())]
     if not problems.found:
-        # a loader of its own drops what it has no place for
-        if any(seal.layers != names_checksum(here) for seal in seals.values()):
-            problems.add("This model's config does not target", "all layers of the adapter")
-        names, dtypes, content = rest_checksums(saved_rest)
-        if any(seal.rest_names != names for seal in seals.values()):
-            problems.add("This model's config has no place for", "all tensors of the adapter outside LoQT layers")
-        elif any(seal.rest_dtypes == dtypes and seal.rest != content for seal in seals.values()):
-            problems.add("The tensors do not match the checksum of", "the modules outside LoQT layers")
+        _verify_whole(seals, here, saved_rest, problems)
     switched = all("loqt_weight" in saved[name] for name in seals)
     warning = None
     if other_base and (base_is_needed or not switched):
@@ -123,6 +96,51 @@ def verify_adapter(
         )
     problems.raise_any()
     return warning
+
+
+def _by_layer(
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The tensors of each LoQT layer by their parts, and those outside of LoQT layers by their keys."""
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    saved_rest: dict[str, torch.Tensor] = {}
+    for key, tensor in state_dict.items():
+        name, _, part = canonical(key).rpartition(".")
+        if part in (*TENSORS, ERROR, "loqt_seal"):
+            saved.setdefault(name, {})[part] = tensor
+        else:
+            saved_rest[canonical(key)] = tensor
+    return saved, saved_rest
+
+
+def _verify_names(saved, here, problems) -> None:
+    for name in sorted(saved.keys() - here.keys()):
+        problems.add("The adapter targets layers that this model's config does not target", name)
+    for name in sorted(here.keys() - saved.keys()):
+        problems.add("This model's config targets layers that are not in the adapter", name)
+
+
+def _verify_rest(saved_rest, rest, problems) -> None:
+    for key in sorted(rest.keys() - saved_rest.keys()):
+        problems.add("Missing in the adapter", key)
+    for key in sorted(saved_rest.keys() - rest.keys()):
+        problems.add("The adapter holds tensors that this model's config has no place for", key)
+    for key in sorted(saved_rest.keys() & rest.keys()):
+        if saved_rest[key].shape != rest[key].shape:
+            problems.add(
+                "Another shape", f"{key} {tuple(saved_rest[key].shape)}, in this model {tuple(rest[key].shape)}"
+            )
+
+
+def _verify_whole(seals, here, saved_rest, problems) -> None:
+    """That nothing of the adapter was lost before it came here: a loader of its own drops what it has no place for."""
+    if any(seal.layers != names_checksum(here) for seal in seals.values()):
+        problems.add("This model's config does not target", "all layers of the adapter")
+    names, dtypes, content = rest_checksums(saved_rest)
+    if any(seal.rest_names != names for seal in seals.values()):
+        problems.add("This model's config has no place for", "all tensors of the adapter outside LoQT layers")
+    elif any(seal.rest_dtypes == dtypes and seal.rest != content for seal in seals.values()):
+        problems.add("The tensors do not match the checksum of", "the modules outside LoQT layers")
 
 
 def _rank(B: torch.Tensor, layer: nn.Module) -> int | None:

@@ -78,71 +78,101 @@ def optimizer_findings(
     layers = [layer for _, layer in layers]
     treatment = layers[0].config[adapter_name].optimizer_state
     if optimizer is None:
-        if treatment == "keep":
-            return []
-        return [
-            Finding(
-                "warning",
-                "optimizer_not_given",
-                f"optimizer_state={treatment!r} has no effect: the update was not given the optimizer.",
-                "Call `model.end_step(optimizer)`.",
-            )
-        ]
+        return _not_given_findings(treatment)
     optimizer = inner_optimizer(optimizer)
+    all_B = [layer.loqt_B[adapter_name] for layer in layers]
+    groups = [group for group in optimizer.param_groups if any(B is p for p in group["params"] for B in all_B[:1])]
+    found = _kind_findings(optimizer, groups, treatment)
+    if treatment == "rotate":
+        found += _rotation_findings(optimizer, groups, all_B)
+    if treatment != "reset":
+        found += _unknown_findings(optimizer, all_B)
+    return found
+
+
+def _not_given_findings(treatment: str) -> list[Finding]:
+    if treatment == "keep":
+        return []
+    return [
+        Finding(
+            "warning",
+            "optimizer_not_given",
+            f"optimizer_state={treatment!r} has no effect: the update was not given the optimizer.",
+            "Call `model.end_step(optimizer)`.",
+        )
+    ]
+
+
+def _refusal(code: str, what: str, remedy: str = "Use optimizer_state='keep' or 'reset', or AdamW.") -> list[Finding]:
+    return [Finding("error", code, what, remedy)]
+
+
+def _kind_findings(optimizer: torch.optim.Optimizer, groups: list[dict], treatment: str) -> list[Finding]:
+    """Optimizers that do not step B itself at full rank, or keep its state out of reach."""
     name, module = type(optimizer).__name__, type(optimizer).__module__
     found = []
-
-    def refuse(code: str, what: str, remedy: str = "Use optimizer_state='keep' or 'reset', or AdamW.") -> None:
-        found.append(Finding("error", code, what, remedy))
-
     if module.startswith("torchao.") and name == "CPUOffloadOptimizer":
-        refuse(
+        found += _refusal(
             "optimizer_with_master_copy",
             f"{name} steps a copy of B on the CPU and writes it over B, so that what an update writes into B is lost.",
             "Use AdamW8bit or AdamW4bit of torchao, or 'paged_adamw_8bit' of bitsandbytes.",
         )
-    all_B = [layer.loqt_B[adapter_name] for layer in layers]
-    groups = [group for group in optimizer.param_groups if any(B is p for p in group["params"] for B in all_B[:1])]
     if any("rank" in group for group in groups):
-        refuse(
+        found += _refusal(
             "low_rank_optimizer",
             f"{module}.{name} makes a low rank of the gradients of B, in a subspace that it does not leave at an update. B is "
             "of low rank already.",
             "Give it B in a group without 'rank', or use AdamW.",
         )
     if treatment == "reset" and module.startswith("lomo_optim") and hasattr(optimizer, "exp_avg_sq_row"):
-        refuse(
+        found += _refusal(
             "optimizer_state_elsewhere",
             f"optimizer_state='reset' cannot reset {name}, which keeps its moments apart from the parameters.",
             "Use optimizer_state='keep', or AdamW.",
         )
-    if treatment == "rotate":
-        if isinstance(optimizer, (bnb.optim.AdEMAMix, bnb.optim.AdEMAMix32bit)):
-            refuse("two_first_moments", f"optimizer_state='rotate' cannot rotate the two first moments of {name}.")
-        if module.startswith("schedulefree") or any(_holds(optimizer, B, ("z",)) for B in all_B):
-            refuse(
-                "moment_between_copies",
-                f"optimizer_state='rotate' cannot rotate what {name} has of a first moment: it lies between two copies of B.",
-            )
-        if any(group.get("centered") for group in groups):
-            refuse(
-                "centered_moment",
-                f"optimizer_state='rotate' cannot rotate the mean of a centered {name}: it would no longer fit its variance.",
-                "Set centered=False, or use optimizer_state='keep' or 'reset'.",
-            )
-    unknown = sorted({key for B in all_B for key in _unknown(optimizer, B)}) if treatment != "reset" else []
-    if unknown and optimizer not in _told:
-        _told.add(optimizer)
-        found.append(
-            Finding(
-                "warning",
-                "unknown_optimizer_state",
-                f"{module}.{name} keeps {', '.join(map(repr, unknown))} of B, in the shape of B, and LoQT does not know what "
-                "that is. It is left as it is at updates, which is wrong of a copy of B.",
-                "Use optimizer_state='reset' if in doubt.",
-            )
+    return found
+
+
+def _rotation_findings(
+    optimizer: torch.optim.Optimizer, groups: list[dict], all_B: list[torch.Tensor]
+) -> list[Finding]:
+    """First moments that cannot be turned into the new subspace."""
+    name, module = type(optimizer).__name__, type(optimizer).__module__
+    found = []
+    if isinstance(optimizer, (bnb.optim.AdEMAMix, bnb.optim.AdEMAMix32bit)):
+        found += _refusal(
+            "two_first_moments", f"optimizer_state='rotate' cannot rotate the two first moments of {name}."
+        )
+    if module.startswith("schedulefree") or any(_holds(optimizer, B, ("z",)) for B in all_B):
+        found += _refusal(
+            "moment_between_copies",
+            f"optimizer_state='rotate' cannot rotate what {name} has of a first moment: it lies between two copies of B.",
+        )
+    if any(group.get("centered") for group in groups):
+        found += _refusal(
+            "centered_moment",
+            f"optimizer_state='rotate' cannot rotate the mean of a centered {name}: it would no longer fit its variance.",
+            "Set centered=False, or use optimizer_state='keep' or 'reset'.",
         )
     return found
+
+
+def _unknown_findings(optimizer: torch.optim.Optimizer, all_B: list[torch.Tensor]) -> list[Finding]:
+    """State of a kind that LoQT does not know; said once of each optimizer."""
+    unknown = sorted({key for B in all_B for key in _unknown(optimizer, B)})
+    if not unknown or optimizer in _told:
+        return []
+    _told.add(optimizer)
+    name, module = type(optimizer).__name__, type(optimizer).__module__
+    return [
+        Finding(
+            "warning",
+            "unknown_optimizer_state",
+            f"{module}.{name} keeps {', '.join(map(repr, unknown))} of B, in the shape of B, and LoQT does not know what "
+            "that is. It is left as it is at updates, which is wrong of a copy of B.",
+            "Use optimizer_state='reset' if in doubt.",
+        )
+    ]
 
 
 def _tensors(optimizer: torch.optim.Optimizer, B: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..algorithm.schedule import staggered_offsets
-from ..findings import report, report_once
+from ..findings import LoQTWarning, report, report_once
 from ..layers.find import active_layers, active_of, loqt_layers
 from ..layers.layer import LoQTLayer
 from ..layers.stopwatch import Stretch, mark
@@ -169,6 +169,7 @@ def _is_postponed(
         warnings.warn(
             f"The {what} of {broken} of {len(layers)} LoQT layers is not finite; the update is postponed to the next "
             f"step with a finite {what}. Nothing was changed.",
+            LoQTWarning,
             stacklevel=3,
         )
     return skipped or broken > 0
@@ -193,5 +194,6 @@ def _warn_without_gradient(model: nn.Module, names: list[str]) -> None:
         warnings.warn(
             f"The gradient of {shown} is zero on an update step (a module that did not run, or a frozen path). The layer "
             "keeps its projection P; what it had learned was merged.",
+            LoQTWarning,
             stacklevel=3,
         )
