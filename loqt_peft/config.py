@@ -68,7 +68,7 @@ class LoQTConfig(PeftConfig):
     """
 
     # called with a config and the folder that it was saved in; without an annotation, since it is no field
-    on_saved = []
+    on_saved = []  # type: ignore[var-annotated]
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(
@@ -287,4 +287,4 @@ def _name_the_field(init: Callable) -> Callable:
     return __init__
 
 
-LoQTConfig.__init__ = _name_the_field(LoQTConfig.__init__)
+LoQTConfig.__init__ = _name_the_field(LoQTConfig.__init__)  # type: ignore[method-assign]

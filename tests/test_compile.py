@@ -3,10 +3,14 @@
 import pytest
 import torch
 from common import load_llama, loqt_config, tiny_llama, token_batch
+from conditions import dynamo_inlines_hooks
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from loqt_peft.layers.find import loqt_layers
+
+
+pytestmark = dynamo_inlines_hooks
 
 
 @pytest.fixture(scope="module")

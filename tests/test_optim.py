@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama
+from conditions import TRAINER_LOGS_NORMS_WITHOUT_CLIPPING
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -122,7 +123,8 @@ def test_same_bits_as_the_ordinary_optimizer(tmp_path, case):
     dtypes = {v.dtype for state in actual[1]["state"].values() for v in tensors_of(state)}
     assert (torch.uint8 in dtypes) is ("8bit" in case.get("optim", ""))
     # norms of the same gradients, summed in another order
-    assert norms == pytest.approx(expected_norms, rel=1e-6)
+    if TRAINER_LOGS_NORMS_WITHOUT_CLIPPING:
+        assert norms == pytest.approx(expected_norms, rel=1e-6)
     assert len(norms) == 5 and min(norms) > 0
 
 
@@ -138,7 +140,8 @@ def test_checkpoints_are_those_of_the_ordinary_optimizer(tmp_path, optim, steps)
                 path = str(tmp_path / saved_by / f"checkpoint-{step}")
                 *actual, norms = run(tmp_path / "resumed", resumed_per_layer, resume=path, **case)
                 assert_same(actual, expected[:3])
-                assert norms == pytest.approx(expected[3], rel=1e-6)
+                if TRAINER_LOGS_NORMS_WITHOUT_CLIPPING:
+                    assert norms == pytest.approx(expected[3], rel=1e-6)
 
 
 class InterruptOnce(TrainerCallback):

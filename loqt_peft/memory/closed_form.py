@@ -43,7 +43,7 @@ class ClosedForm(StepMemory):
     def host(self) -> Counter:
         """What lies in the memory of the host."""
         options, layers = self.options, self.shape.layers
-        held = Counter()
+        held: Counter[str] = Counter()
         if options.trains_loqt and options.retain_base == "cpu":
             held["base weights"] = self.base_weights()
         if options.error_feedback:

@@ -209,7 +209,7 @@ def _simulated(
     from .simulation import simulate
 
     peaks = simulate(config, options, all_layers)
-    host = Counter()
+    host: Counter[str] = Counter()
     for peak in peaks.values():
         host |= peak.host
     return {phase: dict(peak.held) for phase, peak in peaks.items()}, host

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
@@ -18,6 +18,12 @@ from torch.nn.utils import get_total_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Trainer, TrainingArguments
 
+
+# what `PerLayerOptimizer` is mixed into
+if TYPE_CHECKING:
+    from torch.optim import Optimizer as _Base
+else:
+    _Base = object
 
 Optimizer8bit = bnb.optim.optimizer.Optimizer8bit
 
@@ -51,7 +57,7 @@ def _check_surroundings() -> None:
         raise ValueError(f"mixed_precision='fp16' is not allowed with per-layer updates: {SCALER}.")
 
 
-class PerLayerOptimizer:
+class PerLayerOptimizer(_Base):
     """What [`per_layer`] adds to an optimizer class.
 
     Groups, state, `state_dict` and what schedulers see are those of the class it is added to, so that checkpoints of the
@@ -76,6 +82,8 @@ class PerLayerOptimizer:
 
     # so that a GradScaler shows itself to `step()`
     _step_supports_amp_scaling = True
+    # the step of the class it is added to; set by `per_layer`
+    _ordinary_step: Callable[[torch.optim.Optimizer], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_surroundings()
@@ -157,7 +165,7 @@ class PerLayerOptimizer:
             # pages move on a stream of their own
             sync_gpu(p)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if hasattr(self, "found_inf"):
             raise ValueError(f"GradScaler is not allowed with per-layer updates: {SCALER}.")
         loss = None
@@ -196,7 +204,9 @@ def per_layer(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.
     Raises:
         ValueError: For any other class: what it keeps for several parameters together would be wrong.
     """
-    supported = isinstance(optimizer_class, type) and issubclass(optimizer_class, (torch.optim.Adam, Optimizer8bit))
+    # AdamW is an Adam of torch's from 2.7 on
+    known = (torch.optim.Adam, torch.optim.AdamW, Optimizer8bit)
+    supported = isinstance(optimizer_class, type) and issubclass(optimizer_class, known)
     if not supported or issubclass(optimizer_class, PerLayerOptimizer):
         raise ValueError(
             f"optimizer_class={getattr(optimizer_class, '__name__', optimizer_class)} is not allowed: per-layer updates are "

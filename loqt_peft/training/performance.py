@@ -164,7 +164,7 @@ class PerformanceCallback(TrainerCallback):
         memory = self._take_peak_memory(device)
         own = torch.stack([self._tokens, *(torch.tensor(value, device=device) for value in memory.values())])
         tokens, *peaks = gather(own.unsqueeze(0)).unbind(1)
-        figures = {name: int(peak.max()) for name, peak in zip(memory, peaks, strict=True)}
+        figures: dict[str, float] = {name: int(peak.max()) for name, peak in zip(memory, peaks, strict=True)}
         tokens = int(tokens.sum())
         if tokens:
             figures["loqt/tokens_per_second"] = tokens / self._seconds
