@@ -1,5 +1,7 @@
 """Small models and data that several tests share."""
 
+from pathlib import Path
+
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -8,6 +10,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 from loqt_peft import LoQTConfig
 
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 VOCABULARY = 64
 
 

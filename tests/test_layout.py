@@ -1,12 +1,12 @@
 """Imports run one way: no file reaches itself through others, and no room knows one above it."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from common import ROOT
 
 
-ROOT = Path(__file__).parent.parent / "loqt_peft"
+PACKAGE = ROOT / "loqt_peft"
 # rooms from the ground up; a file of the package itself is a room by its name
 FLOORS = [
     {"_version", "_moved", "choices", "findings", "requirements", "compat"},
@@ -23,7 +23,7 @@ FLOORS = [
 
 
 def files():
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(name, path, names):

@@ -3,14 +3,14 @@
 import configparser
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from common import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = ROOT
 
 
 @pytest.fixture(scope="module")

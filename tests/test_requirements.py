@@ -4,9 +4,9 @@ import configparser
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from common import ROOT
 
 from loqt_peft import requirements
 
@@ -37,7 +37,7 @@ def test_importing_with_an_old_peft_says_which_one_is_needed():
 
 def minimums():
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parents[1] / "setup.cfg", encoding="utf-8")
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
     return [line.split(">=") for line in setup["options"]["install_requires"].split()]
 
 

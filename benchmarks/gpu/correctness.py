@@ -16,7 +16,7 @@ from .results import Recorder
 from .settings import ROOT
 
 
-DEVICE_TESTS = "tests/test_gpu_correctness.py"
+DEVICE_TESTS = "tests/gpu/test_gpu_correctness.py"
 # what a change of versions breaks first; seconds each
 SHORT_SUITE = ("config", "schedule", "functional", "matrices", "capture", "reference", "optim", "trainer")
 
@@ -68,7 +68,7 @@ def late_copy(recorder: Recorder) -> None:
 
 def suite(recorder: Recorder) -> None:
     names = recorder.settings.pick(SHORT_SUITE, SHORT_SUITE[:2])
-    arguments = [f"tests/test_{name}.py" for name in names]
+    arguments = [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in names]
     if find_spec("xdist") and not recorder.settings.tiny:
         arguments += ["-n", "8"]
     outcomes = run_tests(arguments, CUDA_VISIBLE_DEVICES="")

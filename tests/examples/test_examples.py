@@ -2,9 +2,9 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from common import ROOT
 from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -15,7 +15,7 @@ from loqt_peft.training.per_layer import PerLayerOptimizer
 # the examples are healthy runs
 pytestmark = pytest.mark.filterwarnings("error::loqt_peft.LoQTWarning")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pretraining"
+EXAMPLE = ROOT / "examples" / "pretraining"
 TEXT = "The state of the union is strong, and the union of the states is strong.\n" * 200
 
 

@@ -14,7 +14,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
-from common import load_llama, loqt_config, tiny_llama, token_batch, train_steps
+from common import ROOT, load_llama, loqt_config, tiny_llama, token_batch, train_steps
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -45,7 +45,6 @@ from loqt_peft.export import conversion
 from loqt_peft.layers.find import loqt_layers
 
 
-ROOT = Path(__file__).parent.parent
 BASES = ["dense", "4bit", "4bit-double"]
 TO = ["dense", "bnb-4bit", "lora"]
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 
 from benchmarks.gpu import kit, memory, runner
 from benchmarks.gpu.claims import Claim, at_least, at_most, equal, within
@@ -20,9 +20,6 @@ from benchmarks.gpu.report import markdown, verdicts
 from benchmarks.gpu.results import DONE, FAILED, LATE, RUNNING, Results
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.worker import measure
-
-
-ROOT = Path(__file__).parent.parent
 
 
 ###############################

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from common import TokenDataset, loqt_config, single_linear, tiny_llama
+from common import ROOT, TokenDataset, loqt_config, single_linear, tiny_llama
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +38,7 @@ from loqt_peft.memory.simulation import Run, measure_on_cpu, simulate
 from loqt_peft.training.switching import compute_switch, project_gradient
 
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "pretraining" / "configs"
+CONFIGS = ROOT / "examples" / "pretraining" / "configs"
 SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SMALL, vocab_size=1000, tie_word_embeddings=False)
 # tied embeddings, fewer key and value heads, biases

@@ -18,7 +18,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
-from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from common import TESTS, TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -47,7 +47,7 @@ SCHEDULE = {
     "interval_growth": 4.0,
     "max_interval": 12,
 }
-FIXTURE = Path(__file__).parent / "fixtures" / "adapter_format_1"
+FIXTURE = TESTS / "fixtures" / "adapter_format_1"
 
 
 def small_llama(seed=0, **kwargs):
@@ -214,7 +214,7 @@ def saved(checkpoint):
 
 
 def test_killed_training_resumes_to_the_same_bits(forkserver, tmp_path, pytestconfig):
-    """50 kills: `pytest tests/test_checkpoint.py -k killed --kills 50 -s`."""
+    """50 kills: `pytest tests/saving/test_checkpoint.py -k killed --kills 50 -s`."""
     run(tmp_path / "straight", save_steps=STEPS)
     expected = saved(tmp_path / "straight" / "checkpoint-40")
     folder, generator = tmp_path / "killed", random.Random(0)

@@ -1,13 +1,12 @@
 """Every notebook runs from its first cell to its last, and is committed as it looks after that."""
 
-from pathlib import Path
-
 import nbformat
 import pytest
+from common import ROOT
 from nbclient import NotebookClient
 
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -3,11 +3,11 @@
 import json
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import ROOT
 from peft import AutoPeftModelForSequenceClassification
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, DebertaV2Config, PreTrainedTokenizerFast
@@ -18,7 +18,7 @@ from loqt_peft.layers.find import loqt_layers
 # the examples are healthy runs
 pytestmark = pytest.mark.filterwarnings("error::loqt_peft.LoQTWarning")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "glue"
+EXAMPLE = ROOT / "examples" / "glue"
 WORDS = ["good", "fine", "nice", "bad", "poor", "sad", "the", "a", "film", "plot", "is", "was"]
 TASKS = {
     "cola": ["sentence"],

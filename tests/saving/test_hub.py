@@ -5,11 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from common import TESTS
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 def run_worker(hub, directory, *commands):
     process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("hub_worker.py"), directory, *commands],
+        [sys.executable, TESTS / "hub_worker.py", directory, *commands],
         env={**os.environ, **hub.environment(directory / f"cache_{commands[0]}"), "OMP_NUM_THREADS": "1"},
         cwd=directory,
         capture_output=True,

@@ -5,12 +5,11 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from common import TESTS, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -29,9 +28,7 @@ def run(output_dir, processes, batch_size, accumulation, update_mode, projection
     settings = [str(batch_size), str(accumulation), update_mode, projection]
     command = [*launcher, "ddp_worker.py", str(output_dir), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return [load_file(output_dir / f"rank{rank}.safetensors") for rank in range(processes)]
 
