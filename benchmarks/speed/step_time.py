@@ -1,7 +1,7 @@
 """Processor time of training steps with LoQT, over ranks and rows, against full rank, PEFT's LoRA and DoRA.
 
-    python benchmarks/step_time.py
-    python benchmarks/step_time.py --minutes 20     # as far as that takes; the next call goes on from there
+    python -m benchmarks.speed.step_time
+    python -m benchmarks.speed.step_time --minutes 20     # as far as that takes; the next call goes on from there
 
 Copies of one LLaMA are trained on the same tokens in one process, in turns, on one thread: all parameters with AdamW, and
 with 8-bit AdamW that steps each parameter within the backward pass; LoRA, DoRA and LoQT over a base in 4 bits (bitsandbytes
