@@ -1,5 +1,6 @@
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from conditions import transformers_takes_this_peft
 from transformers.integrations import peft as transformers_peft
 
@@ -11,6 +12,13 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def skipped_where_transformers_wants_a_newer_peft(monkeypatch):
     monkeypatch.setattr(transformers_peft, "check_peft_version", transformers_takes_this_peft)
+
+
+@pytest.fixture(autouse=True)
+def without_bits_of_earlier_optimizers():
+    # the Trainer tells bitsandbytes to keep the moments of embeddings in 32 bits, for the rest of the process and by `id`
+    yield
+    GlobalOptimManager.get_instance().initialize()
 
 
 @pytest.fixture(autouse=True)

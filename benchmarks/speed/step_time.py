@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from benchmarks.common import RESULTS, llama, markdown_table, provenance, write_json, write_markdown
 from loqt_peft import LoQTConfig
 from loqt_peft.algorithm import linear_map
-from loqt_peft.algorithm.linear_map import BRANCH, cheapest, operations
+from loqt_peft.algorithm.operations import BRANCH, cheapest, operations
 from loqt_peft.layers.layer import LoQTLayer
 from loqt_peft.training import update as loqt_update
 from loqt_peft.training.switching import project_gradient

@@ -54,6 +54,15 @@ def _initial_factors(
     return B, P
 
 
+def _check_dtype(config: LoQTConfig, dtype: torch.dtype) -> None:
+    for name in ("quantize_weight", "quantize_projection"):
+        if getattr(config, name) is not None and dtype == torch.float64:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not allowed on a base in torch.float64, to which bitsandbytes does not "
+                "dequantize. Load the base in float32, bfloat16 or float16, or set it to None."
+            )
+
+
 class LoQTLayer(BaseTunerLayer):
     """State of the LoQT adapters of one linear layer.
 
@@ -124,6 +133,7 @@ class LoQTLayer(BaseTunerLayer):
                 f"Adapter {adapter_name!r} cannot be added: the base weights are gone (retain_base='drop'). "
                 "Reload the base model, or train with retain_base='cpu'."
             )
+        _check_dtype(config, self.weight_dtype)
         r = min(r, *self.shape)
         self.r[adapter_name] = r
         self.scaling[adapter_name] = _auto_scale(self.shape, r) if scaling == "auto" else scaling

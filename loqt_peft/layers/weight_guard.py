@@ -43,6 +43,9 @@ class UnreadableWeight(torch.Tensor):
     like this one and call the layer.
     """
 
+    def __repr__(self, **kwargs) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _METADATA:

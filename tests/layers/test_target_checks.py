@@ -245,6 +245,21 @@ def test_reading_the_weight_is_an_error_in_the_first_forward_pass():
     assert torch.allclose(model.merge_and_unload()(x), expected, atol=1e-5)
 
 
+def test_a_debugger_can_show_the_weight():
+    layer = next(layer for _, layer in loqt_layers(wrap(Reader())))
+    assert (
+        repr(layer.weight) == f"UnreadableWeight(shape={tuple(layer.weight.shape)}, dtype=torch.float32, device=cpu)"
+    )
+
+
+@pytest.mark.parametrize("name", ["quantize_weight", "quantize_projection"])
+def test_a_base_in_float64_cannot_be_quantized(name):
+    dense = {"quantize_weight": None, "quantize_projection": None}
+    with pytest.raises(ValueError, match=f"{name}='nf4' is not allowed on a base in torch.float64"):
+        get_peft_model(tiny_llama().double(), loqt_config(**{**dense, name: "nf4"}))
+    get_peft_model(tiny_llama().double(), loqt_config(**dense))
+
+
 def test_torchs_shortcut_of_an_encoder_layer_gives_way():
     # in evaluation it reads the weights of linear1 and linear2
     encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
