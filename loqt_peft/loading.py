@@ -12,7 +12,7 @@ from torch import nn
 from .config import LoQTConfig
 from .findings import Finding, LoQTWarning, report
 from .layers.find import loqt_layers
-from .layers.full_rank import names_outside_layers
+from .layers.full_rank import FSDP_PREFIX, names_outside_layers
 from .layers.layer import LoQTLayer
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
@@ -20,14 +20,12 @@ from .saving.verify import verify_adapter
 
 # in the keys of what belongs to a LoQT layer
 _LOQT_PART = ".loqt_"
-# in the names of modules, but not in those of the state dict
-_FSDP_PREFIX = "_fsdp_wrapped_module."
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
     """The layers of an adapter, by their names in the state dict."""
     return {
-        name.removeprefix(_FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
+        name.removeprefix(FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
     }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # in the names of modules, but not in those of the state dict
-_FSDP_PREFIX = "_fsdp_wrapped_module."
+FSDP_PREFIX = "_fsdp_wrapped_module."
 
 
 def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
@@ -70,7 +70,7 @@ def names_outside_layers(model: nn.Module, config: LoQTConfig, adapter_name: str
     names = {name: name for name in full_rank_parameters(model, config)}
     for module_name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            module_name = module_name.removeprefix(_FSDP_PREFIX)
+            module_name = module_name.removeprefix(FSDP_PREFIX)
             for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
                 names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
     return {canonical(key): name for key, name in names.items()}
