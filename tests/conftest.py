@@ -6,7 +6,7 @@ from transformers.integrations import peft as transformers_peft
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how often the test of killed training kills")
+    parser.addoption("--kills", type=int, default=2, help="how often the test of killed training kills")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Imports run one way: no file reaches itself through others, and no room knows one above it."""
 
 import ast
+import functools
 
 import pytest
 from common import ROOT
@@ -40,6 +41,7 @@ def imported(name, path, names):
             yield target if target in names else f"{target}.__init__".removeprefix(".")
 
 
+@functools.cache
 def graph():
     names = files()
     return {name: set(imported(name, path, names)) for name, path in names.items()}
