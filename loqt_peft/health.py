@@ -24,7 +24,7 @@ from .config import LoQTConfig
 from .findings import Finding
 from .layers.find import active_layers, loqt_layers
 from .layers.layer import LoQTLayer
-from .layers.training_watch import HOW_TO_ATTEND, never_updated_findings, unattended_findings
+from .layers.training_watch import HOW_TO_UPDATE, missing_updates_findings, never_updated_findings
 from .layers.weight_shares import WeightShares, weight_shares
 from .saving.base_name import base_name_findings
 from .training.figures import SMALLEST_CHANGE_TO_ERROR
@@ -177,7 +177,7 @@ def model_findings(model: nn.Module, adapter_name: str) -> list[Finding]:
             "not_verified", str(error), "Load an adapter that was saved whole, on the base that it was made for."
         )
     found = base_name_findings(model) + saving_findings(model, adapter_name)
-    found += unattended_findings(layers[0][1], adapter_name)
+    found += missing_updates_findings(layers[0][1], adapter_name)
     offloaded = [name for name, layer in layers if layer.get_base_layer().weight.is_meta]
     if offloaded:
         found += _error(
@@ -217,7 +217,7 @@ def run_findings(folder: str | Path) -> list[Finding]:
                 "warning",
                 "run_without_updates",
                 f"The run took {state['global_step']} steps, and its logs hold not one update.",
-                f"{HOW_TO_ATTEND} Then train again.",
+                f"{HOW_TO_UPDATE} Then train again.",
             )
         )
     ratios = [entry["loqt/change_to_error"] for entry in updates if "loqt/change_to_error" in entry]
@@ -255,7 +255,7 @@ def saved_findings(config: LoQTConfig) -> list[Finding]:
             "never_updated",
             "The adapter has been through no update: its projection P is empty and its B zero, so it is the base model but "
             "for what full_rank_modules names.",
-            f"If it was trained: {HOW_TO_ATTEND}",
+            f"If it was trained: {HOW_TO_UPDATE}",
         )
     ]
 

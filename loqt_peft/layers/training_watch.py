@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..findings import Finding, report
 
 
-HOW_TO_ATTEND = (
+HOW_TO_UPDATE = (
     "Pass `callbacks=[LoQTTrainerCallback()]` to the Trainer, or call `model.begin_step(step)` and "
     "`model.end_step(optimizer)` in your own loop."
 )
@@ -27,22 +27,22 @@ class TrainingWatch:
     It goes by the gradients of B, since optimizers leave no mark on a parameter that all of them would leave.
 
     Attributes:
-        attended (`bool`): Whether somebody asks for updates: [`begin_step`] was called, and the training has not ended.
+        expects_updates (`bool`): Whether somebody asks for updates: [`begin_step`] was called, and the training has not ended.
         trained (`set[str]`): Adapters of which B had a gradient.
-        unattended (`set[str]`): Those of which B had one while nobody asked for updates.
+        without_updates (`set[str]`): Those of which B had one while nobody asked for updates.
     """
 
     def __init__(self) -> None:
-        self.attended = False
+        self.expects_updates = False
         self.trained: set[str] = set()
-        self.unattended: set[str] = set()
+        self.without_updates: set[str] = set()
         self._told: set[str] = set()
         self._runs_eagerly = False
 
-    def attend(self, attended: bool) -> None:
-        self.attended = attended
-        if attended:
-            self.unattended.clear()
+    def expect_updates(self, expected: bool) -> None:
+        self.expects_updates = expected
+        if expected:
+            self.without_updates.clear()
 
     def observe(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """See the gradients of the adapter's B from now on."""
@@ -62,30 +62,30 @@ class TrainingWatch:
     def on_gradient(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """B has got a gradient."""
         self.trained.add(adapter_name)
-        if self.attended:
+        if self.expects_updates:
             return
-        if adapter_name in self.unattended and not self._runs_eagerly:
+        if adapter_name in self.without_updates and not self._runs_eagerly:
             # no code of ours runs in the forward pass of a compiled model
             self._report(layer, adapter_name)
-        self.unattended.add(adapter_name)
+        self.without_updates.add(adapter_name)
 
     def on_forward(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """In training, with gradients: warn if there was a backward pass already that nobody asked an update after."""
         self._runs_eagerly = True
-        if not self.attended:
+        if not self.expects_updates:
             self.observe(layer, adapter_name)
-            if adapter_name in self.unattended:
+            if adapter_name in self.without_updates:
                 self._report(layer, adapter_name)
 
     def _report(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         if adapter_name not in self._told:
             self._told.add(adapter_name)
-            report(unattended_findings(layer, adapter_name), stacklevel=4)
+            report(missing_updates_findings(layer, adapter_name), stacklevel=4)
 
 
-def unattended_findings(layer: BaseTunerLayer, adapter_name: str) -> list[Finding]:
+def missing_updates_findings(layer: BaseTunerLayer, adapter_name: str) -> list[Finding]:
     """Whether one layer is trained while nobody asks for updates."""
-    if adapter_name not in layer.watch.unattended:
+    if adapter_name not in layer.watch.without_updates:
         return []
     updates = layer.num_updates(adapter_name)
     if updates:
@@ -95,7 +95,7 @@ def unattended_findings(layer: BaseTunerLayer, adapter_name: str) -> list[Findin
                 "no_further_updates",
                 f"The LoQT adapter {adapter_name!r} has been through {updates} updates and trains on, but nobody asks for "
                 "further ones: B learns within its present subspace only, and is not merged.",
-                HOW_TO_ATTEND,
+                HOW_TO_UPDATE,
             )
         ]
     # a random adapter has a P that nobody made
@@ -107,7 +107,7 @@ def unattended_findings(layer: BaseTunerLayer, adapter_name: str) -> list[Findin
             "no_updates",
             f"The projection P of the LoQT adapter {adapter_name!r} is still empty after a backward pass in training, so B "
             "cannot learn.",
-            HOW_TO_ATTEND,
+            HOW_TO_UPDATE,
         )
     ]
 
@@ -129,7 +129,7 @@ def never_updated_findings(layers: Iterable[BaseTunerLayer], adapter_name: str) 
             "saved_without_updates",
             f"The LoQT adapter {adapter_name!r} was trained, but has learned nothing: its projection P was never filled, so B "
             "is still zero.",
-            f"{HOW_TO_ATTEND} Then train again.",
+            f"{HOW_TO_UPDATE} Then train again.",
         )
     ]
 

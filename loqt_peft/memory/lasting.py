@@ -138,7 +138,7 @@ class LastingMemory:
         return held
 
     def base_weights(self) -> int:
-        """The original weights, which LoQT keeps beside the drifted ones."""
+        """The original weights, which LoQT keeps beside the switched ones."""
         if self.options.base == "dense":
             return self.shape.layers * self.size * sum(linear.numel for linear in self.shape.linears)
         return self.four_bit_weights()

@@ -31,31 +31,31 @@ class StepMemory(LastingMemory):
         trained = self.size if self.options.full_rank else 0
         return self.tokens * (self.shape.hidden * (4 + trained) + 4)
 
-    def _saves_input(self, linear: Linear, capture: bool, drifted: bool) -> bool:
+    def _saves_input(self, linear: Linear, capture: bool, switched: bool) -> bool:
         method = self.options.method
         if capture or method in ("full", "galore"):
             return True
         same_dtype = self.size == self.adapter_size
-        return same_dtype and (method in ("lora", "qlora") or not self._saves_thin(linear, capture, drifted))
+        return same_dtype and (method in ("lora", "qlora") or not self._saves_thin(linear, capture, switched))
 
-    def _saves_thin(self, linear: Linear, capture: bool, drifted: bool) -> bool:
+    def _saves_thin(self, linear: Linear, capture: bool, switched: bool) -> bool:
         """Whether `x Pᵀ` is kept for the gradient of B."""
-        way = self._way(linear, capture) if drifted else BRANCH
+        way = self._way(linear, capture) if switched else BRANCH
         return self.options.trains_loqt and not keeps_input(way, linear.shape, self.rank(linear))
 
     def _way(self, linear: Linear, capture: bool = False) -> str:
-        """How the products of a drifted layer are computed."""
+        """How the products of a switched layer are computed."""
         # layers of several dtypes multiply with each matrix in its own
         if not self.options.trains_loqt or self.size != self.adapter_size:
             return BRANCH
         return cheapest(self.tokens, linear.shape, self.rank(linear), records=capture)
 
-    def activations(self, capture: bool = False, drifted: bool = True) -> int:
+    def activations(self, capture: bool = False, switched: bool = True) -> int:
         """Saved by a decoder layer from its forward to its backward.
 
         Args:
             capture (`bool`): Whether the gradients of the targeted weights are recorded.
-            drifted (`bool`): Whether LoQT has been through its first update.
+            switched (`bool`): Whether LoQT has been through its first update.
         """
         shape, options, T = self.shape, self.options, self.tokens
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -64,12 +64,12 @@ class StepMemory(LastingMemory):
         total += T * ((2 * q + 2 * kv) * self.size + 4 * shape.heads)
         # MLP: gate and its SiLU, up
         total += T * 3 * shape.intermediate * self.size
-        groups = {linear.group for linear in shape.linears if self._saves_input(linear, capture, drifted)}
+        groups = {linear.group for linear in shape.linears if self._saves_input(linear, capture, switched)}
         inputs = {"attention": shape.hidden, "mlp": shape.hidden, "down": shape.intermediate, "output": 0}
         total += T * self.size * sum(inputs[group] for group in groups)
         for linear in shape.linears:
             lora = options.method in ("lora", "qlora")
-            if lora or self._saves_thin(linear, capture, drifted):
+            if lora or self._saves_thin(linear, capture, switched):
                 total += T * self.rank(linear) * self.adapter_size
             cast = lora or (options.trains_loqt and not is_right(linear.shape))
             if cast and self.size != self.adapter_size:

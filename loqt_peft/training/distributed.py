@@ -44,7 +44,7 @@ def switches(layers: list[LoQTLayer], adapter_name: str) -> Iterator[tuple[LoQTL
     """The layers' new states in turn, the same bits on every process.
 
     Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is divided, and
-    processes on unlike hardware cannot drift apart. Each process has a layer of every group, and nobody waits for another
+    processes on unlike hardware cannot part. Each process has a layer of every group, and nobody waits for another
     one's work but at the end of a group; so much is held at a time.
     """
     if not is_distributed():

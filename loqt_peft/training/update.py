@@ -68,7 +68,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
     offload = config.update_mode != "whole" if config.offload_gradients is None else config.offload_gradients
     due = _due(layers, adapter_name, step)
     for _, layer in layers:
-        layer.watch.attend(True)
+        layer.watch.expect_updates(True)
     for _, layer in due:
         project = partial(project_gradient, layer, adapter_name) if layer.needs_gradient(adapter_name) else None
         layer.capture.start(adapter_name, project, offload, is_last_backward if in_backward else None)
@@ -98,7 +98,7 @@ def cancel_step(model: nn.Module) -> None:
     """Drop whatever was captured."""
     for _, layer in loqt_layers(model):
         layer.capture.stop()
-        layer.watch.attend(False)
+        layer.watch.expect_updates(False)
 
 
 @torch.no_grad()
