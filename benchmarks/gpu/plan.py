@@ -47,7 +47,7 @@ MEASUREMENTS = (
         "nccl_resume",
         "resume:nccl_resume",
         75,
-        "DDP of one process with the Trainer resumes from a checkpoint whose weights have drifted.",
+        "DDP of one process with the Trainer resumes from a checkpoint whose weights have switched.",
     ),
     Measurement(
         "memory_7b",
