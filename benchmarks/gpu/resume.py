@@ -1,4 +1,4 @@
-"""DDP of one process, with the stock Trainer: a run that is resumed from a checkpoint after updates ends like one that was not.
+"""DDP of one process, with the stock Trainer: a run resumed from a checkpoint after updates ends like one that was not.
 
     python -m benchmarks.gpu.resume DEVICE FOLDER
 
