@@ -1,6 +1,8 @@
 """What some versions of a dependency cannot do, by name; tests that need it are skipped. docs/versions.md tells users."""
 
 import importlib.metadata
+import sys
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,6 +15,13 @@ dynamo_inlines_hooks = pytest.mark.skipif(
     reason="torch.compile of torch 2.6 cannot inline the hooks in PEFT's forward pass",
 )
 
+# setup.cfg installs neither TRL nor torchao on an older Python
+HAS_TRL_AND_TORCHAO = sys.version_info >= (3, 11)
+WITHOUT_TRL = "TRL needs Python 3.11"
+needs_trl = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason=WITHOUT_TRL)
+needs_torchao = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason="torchao is not installed on Python 3.10")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+
 # that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0
 TRAINER_LOGS_NORMS_WITHOUT_CLIPPING = hasattr(Trainer, "_get_grad_norm")
 
@@ -22,3 +31,9 @@ def transformers_takes_this_peft(min_version: str) -> None:
     installed = importlib.metadata.version("peft")
     if Version(installed) < Version(min_version):
         pytest.skip(f"add_adapter and load_adapter of this transformers need peft {min_version}, not {installed}")
+
+
+def optimizers(names: Iterable[str]) -> list:
+    """Names of optimizers as a test's parameters; what these versions lack is skipped."""
+    needs = {"adamw_torch_8bit": needs_torchao, "Muon": needs_muon}
+    return [pytest.param(name, marks=needs.get(name, ())) for name in names]

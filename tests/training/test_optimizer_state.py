@@ -8,10 +8,9 @@ import pytest
 import schedulefree
 import torch
 from common import TokenDataset, loqt_config, make_trainer, single_linear, tiny_llama, token_batch
+from conditions import needs_torchao, optimizers
 from grokadamw import GrokAdamW
 from peft import get_peft_model
-from torchao.optim import AdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
 from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
@@ -124,7 +123,7 @@ class KeepOptimizer(TrainerCallback):
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
-@pytest.mark.parametrize("optim", NAMES)
+@pytest.mark.parametrize("optim", optimizers(NAMES))
 def test_optimizers_of_the_trainer_leave_b(optim, optimizer_state):
     model, kept = loqt_model(optimizer_state=optimizer_state), KeepOptimizer()
     kwargs = {"lr_scheduler_type": "constant", "max_steps": 4, "weight_decay": 0.1}
@@ -134,7 +133,7 @@ def test_optimizers_of_the_trainer_leave_b(optim, optimizer_state):
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset", "rotate"])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", optimizers(CLASSES))
 def test_optimizers_of_a_loop_leave_b(name, optimizer_state):
     model = loqt_model(optimizer_state=optimizer_state)
     if "16 bits" in name:
@@ -203,7 +202,11 @@ def test_squares_are_not_rotated(optimizer_class):
     assert all(optimizer.state[B]["state1"].max() > 0 for B in all_B(model))
 
 
+@needs_torchao
 def test_rotation_of_torchao_moments():
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
     model = loqt_model(optimizer_state="rotate")
     optimizer = AdamW8bit(all_B(model), lr=0.01)
     train(model, optimizer, steps=3)
