@@ -3,6 +3,7 @@
 import importlib.metadata
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ WITHOUT_TRL = "TRL needs Python 3.11"
 needs_trl = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason=WITHOUT_TRL)
 needs_torchao = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason="torchao is not installed on Python 3.10")
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+
+# only a GPU machine may lack it
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 # that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0
 TRAINER_LOGS_NORMS_WITHOUT_CLIPPING = hasattr(Trainer, "_get_grad_norm")

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
+from conditions import needs_tensorboard
 from peft import LoraConfig, get_peft_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import TrainerCallback
@@ -46,6 +46,15 @@ def loqt_model(**kwargs):
     return get_peft_model(tiny_llama(), loqt_config(**kwargs))
 
 
+def events_in(folder):
+    """What the Trainer wrote for tensorboard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents*"))))
+    events.Reload()
+    return events
+
+
 def adapter_state(model):
     return {k: v.clone() for k, v in model.state_dict().items() if "loqt" in k}
 
@@ -54,6 +63,7 @@ def updates_of(trainer):
     return [entry for entry in trainer.state.log_history if "loqt/updates" in entry]
 
 
+@needs_tensorboard
 def test_updates_happen_on_schedule_and_are_logged(tmp_path, capsys):
     model = loqt_model(update_interval=3, interval_schedule="exponential", interval_growth=2.0)
     trainer = make_trainer(
@@ -76,8 +86,7 @@ def test_updates_happen_on_schedule_and_are_logged(tmp_path, capsys):
     # the Trainer's own logs are still there, on steps with an update too
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [4, 8, 12]
 
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*"))))
-    events.Reload()
+    events = events_in(tmp_path)
     assert [event.step for event in events.Scalars("train/loqt/gradient_energy")] == [1, 5, 10]
     assert "LoQT: 14 layers, rank 8" in capsys.readouterr().out
 
@@ -260,6 +269,7 @@ def clock(monkeypatch):
     return clock
 
 
+@needs_tensorboard
 @pytest.mark.parametrize("loqt", [True, False])
 def test_memory_and_speed_are_logged(tmp_path, clock, monkeypatch, loqt):
     model = loqt_model() if loqt else tiny_llama()
@@ -288,8 +298,7 @@ def test_memory_and_speed_are_logged(tmp_path, clock, monkeypatch, loqt):
     assert all(entry["loqt/peak_resident_memory"] > 2**26 for entry in entries)
 
     # next to the loss, where the reporters get it
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*"))))
-    events.Reload()
+    events = events_in(tmp_path)
     for name in ("loqt/tokens_per_second", "loqt/peak_resident_memory"):
         logged = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert logged == [(entry["step"], pytest.approx(entry[name])) for entry in entries]
