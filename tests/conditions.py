@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from packaging.version import Version
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 
 dynamo_inlines_hooks = pytest.mark.skipif(
@@ -25,6 +25,11 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 
 
 # only a GPU machine may lack it
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+
+# the comparisons give all methods the same batches in the same order
+ARGUMENTS_ORDER_BATCHES = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+BATCHES_IN_ORDER = "the comparisons need the Trainer's `train_sampling_strategy`, which transformers 5.0 lacks"
+trainer_keeps_order = pytest.mark.skipif(not ARGUMENTS_ORDER_BATCHES, reason=BATCHES_IN_ORDER)
 
 # that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0
 TRAINER_LOGS_NORMS_WITHOUT_CLIPPING = hasattr(Trainer, "_get_grad_norm")
