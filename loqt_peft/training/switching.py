@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..algorithm.switch import NewProjection, Switch, drawn_projection, projection_of_gradient, switch
+from ..compat import BufferDict
 from ..layers.layer import LoQTLayer
 
 
@@ -71,10 +72,19 @@ def empty_switch(layer: LoQTLayer, adapter_name: str) -> Switch:
 @torch.no_grad()
 def write_switch(layer: LoQTLayer, adapter_name: str, switch: Switch) -> None:
     """Make the computed state the layer's own. B stays the Parameter that the optimizer holds."""
-    layer.loqt_P[adapter_name] = switch.P
+    _write(layer.loqt_P, adapter_name, switch.P)
     layer.loqt_B[adapter_name].copy_(switch.B)
-    layer.loqt_weight[adapter_name] = switch.weight
+    _write(layer.loqt_weight, adapter_name, switch.weight)
     if switch.error is not None:
         layer.loqt_error[adapter_name] = switch.error.cpu()
     layer.updates.count(adapter_name)
     layer.place()
+
+
+def _write(buffers: BufferDict, adapter_name: str, value: torch.Tensor) -> None:
+    """Into the memory that is there, if it fits: what is replaced at every update comes to lie among what is short-lived."""
+    known = buffers[adapter_name] if adapter_name in buffers else None
+    if known is not None and (known.shape, known.dtype, known.device) == (value.shape, value.dtype, value.device):
+        known.copy_(value)
+    else:
+        buffers[adapter_name] = value
