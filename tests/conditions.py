@@ -7,8 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from packaging.version import Version
+import transformers
+from packaging.version import InvalidVersion, Version
 from transformers import Trainer, TrainingArguments
+from transformers.utils.import_utils import is_schedulefree_available
 
 
 dynamo_inlines_hooks = pytest.mark.skipif(
@@ -22,6 +24,23 @@ WITHOUT_TRL = "TRL needs Python 3.11"
 needs_trl = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason=WITHOUT_TRL)
 needs_torchao = pytest.mark.skipif(not HAS_TRL_AND_TORCHAO, reason="torchao is not installed on Python 3.10")
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+optimi_works_without_triton = pytest.mark.skipif(
+    find_spec("triton") is not None and not torch.cuda.is_available(),
+    reason="torch-optimi's StableAdamW uses triton where it is installed, also where it finds no GPU",
+)
+
+
+def _schedulefree_is_found() -> bool:
+    try:
+        return is_schedulefree_available()
+    except InvalidVersion:
+        return False
+
+
+transformers_finds_schedulefree = pytest.mark.skipif(
+    sys.version_info < (3, 11) and not _schedulefree_is_found(),
+    reason="on Python 3.10 transformers cannot tell which version of schedulefree is installed",
+)
 
 # only a GPU machine may lack it
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
@@ -44,5 +63,18 @@ def transformers_takes_this_peft(min_version: str) -> None:
 
 def optimizers(names: Iterable[str]) -> list:
     """Names of optimizers as a test's parameters; what these versions lack is skipped."""
-    needs = {"adamw_torch_8bit": needs_torchao, "Muon": needs_muon}
+    needs = {
+        "adamw_torch_8bit": needs_torchao,
+        "Muon": needs_muon,
+        "stable_adamw": optimi_works_without_triton,
+        "StableAdamW, 16 bits": optimi_works_without_triton,
+        **dict.fromkeys(
+            ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), transformers_finds_schedulefree
+        ),
+    }
     return [pytest.param(name, marks=needs.get(name, ())) for name in names]
+
+
+def skip_where_transformers_cannot_make(model_type: str) -> None:
+    if model_type == "zamba2" and Version(transformers.__version__) < Version("5.1"):
+        pytest.skip("transformers 5.0 cannot tie the weights of a Zamba2 of few layers")

@@ -20,12 +20,14 @@ from .layer import LoQTLayer
 SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
 # class of a module in transformers -> linear layers of it whose `.weight` it reads instead of calling them, or changes in
-# place, always or with some kernels, sizes or while it generates; LoQT would not act there
+# place, always or with some kernels, sizes or while it generates; LoQT would not act there (5.0 to 5.24)
 READ_NOT_CALLED: dict[str, tuple[str, ...]] = {
     "BambaMixer": ("out_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_linear", "k_proj"),
     "DabDetrMHAttentionMap": ("k_linear",),
-    "DetrMHAttentionMap": ("k_proj",),
+    "DeepseekOcr2TextMoe": ("gate",),
+    "DeepseekV2Moe": ("gate",),
+    "DetrMHAttentionMap": ("k_linear", "k_proj"),
     "FalconH1Mixer": ("out_proj",),
     "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
@@ -47,6 +49,7 @@ READ_NOT_CALLED: dict[str, tuple[str, ...]] = {
     "RwkvFeedForward": ("value",),
     "RwkvSelfAttention": ("output",),
     "TDNNLayer": ("kernel",),
+    "VideoMAESelfAttention": ("key", "query", "value"),
     "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
     "Zamba2MambaMixer": ("out_proj",),
 }

@@ -210,7 +210,12 @@ def treat_optimizer_state(
     B, treatment = layer.loqt_B[adapter_name], layer.config[adapter_name].optimizer_state
     if treatment == "reset":
         for states in list(_states(optimizer, B)):
-            del states[B]
+            if isinstance(optimizer, torch.optim.Adagrad):
+                # which of some versions of torch makes its state with itself only
+                states[B]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+                states[B]["step"].zero_()
+            else:
+                del states[B]
         return
     for key, value in list(_tensors(optimizer, B)):
         if key in COPIES:

@@ -11,6 +11,8 @@ import transformers
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from common import loqt_config, tiny_llama, token_batch, train_steps
+from conditions import skip_where_transformers_cannot_make
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -54,6 +56,16 @@ def refused(model, targets, match, **kwargs):
 
 # reads that do not happen: `query_states` is never given, and Bloom asks for `slow_but_exact`
 NEVER = {("DisentangledSelfAttention", "in_proj"), ("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")}
+# what transformers 5.13 and older read
+OLD = {
+    ("ConditionalDetrMHAttentionMap", "k_linear"),
+    ("DeepseekOcr2TextMoe", "gate"),
+    ("DeepseekV2Moe", "gate"),
+    ("DetrMHAttentionMap", "k_linear"),
+    ("VideoMAESelfAttention", "key"),
+    ("VideoMAESelfAttention", "query"),
+    ("VideoMAESelfAttention", "value"),
+}
 METADATA = {"dtype", "device", "shape", "SCB", "quant_state", "_is_hf_initialized"}
 # most files have none, and parsing takes long
 USE = re.compile(r"\w\.(?!\w*norm\w*\.)(\w+)\.weight\b(?!\.(?:dtype|device|shape))", re.IGNORECASE)
@@ -103,7 +115,11 @@ class Source:
 def test_the_table_of_weights_that_are_read_is_that_of_transformers():
     models = Path(transformers.__file__).parent / "models"
     found = {pair for path in models.glob("*/modeling_*.py") for pair in Source(path).read_weights()}
-    assert found - NEVER == {(owner, child) for owner, children in READ_NOT_CALLED.items() for child in children}
+    table = {(owner, child) for owner, children in READ_NOT_CALLED.items() for child in children}
+    assert found - NEVER <= table
+    # older and newer ones lack some of the models
+    if Version("5.17") <= Version(transformers.__version__) < Version("5.24"):
+        assert table - found == OLD
 
 
 LANGUAGE_MODEL = {
@@ -159,6 +175,7 @@ LEFT_OUT = {
 
 
 def language_model(model_type):
+    skip_where_transformers_cannot_make(model_type)
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**LANGUAGE_MODEL, **MODELS[model_type]})
     return AutoModelForCausalLM.from_config(config)
