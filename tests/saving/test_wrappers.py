@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch
+from conditions import transformers_loads_into_models_without_a_head
 from peft import PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
@@ -85,6 +86,7 @@ def test_updates_asked_for_through_a_module_within(base_dir, tmp_path, door):
     assert_saved(model, base_dir, tmp_path / "adapter")
 
 
+@transformers_loads_into_models_without_a_head
 def test_sentence_transformer(tmp_path):
     tokens = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "c": 4}, unk_token="[UNK]"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
