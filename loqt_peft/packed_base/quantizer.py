@@ -56,8 +56,8 @@ class LoQTQuantizer(Bnb4BitHfQuantizer):
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
-                f"device_map={device_map!r} is not allowed: LoQT needs every weight on a device that computes. Without modules "
-                "on the CPU or the disk, for instance device_map={'': 0}."
+                f"device_map={device_map!r} is not allowed: LoQT needs every weight on a device that computes. Leave out the "
+                "CPU and the disk, for instance device_map={'': 0}."
             )
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
