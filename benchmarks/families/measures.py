@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 from pathlib import Path
@@ -11,12 +10,16 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from benchmarks.families.models import Family
-from loqt_peft import LoQTConfig
+from loqt_peft import LoQTConfig, pack_model
 from loqt_peft.algorithm.quantization import FourBitFormat
 from loqt_peft.layers.find import loqt_layers
 
 
-STEPS, INTERVAL = 12, 4
+STEPS, INTERVAL, UPDATES = 12, 4, 3
+# of the block weights, in 4 bits
+SHARE = 0.9
+# largest difference of a merged model's output
+EXACT = 1e-5
 ADAPTER = "default"
 
 
@@ -29,11 +32,16 @@ def block_weights(model):
     return sizes
 
 
-def held_in_four_bits(layers):
-    """Elements of W that the layers hold in 4 bits."""
+def held_in_four_bits(layers, weights):
+    """Elements of a model's block weights that its LoQT layers hold in 4 bits.
+
+    Args:
+        layers (`dict[str, LoQTLayer]`): By name.
+        weights (`dict[str, int]`): Of [`block_weights`]; of a layer outside the blocks nothing is counted.
+    """
     return sum(
-        layer.shape[0] * layer.shape[1]
-        for layer in layers
+        weights.get(f"{name}.weight", 0)
+        for name, layer in layers.items()
         if layer.has_switched(ADAPTER) and isinstance(layer.weight_format(ADAPTER), FourBitFormat)
     )
 
@@ -71,38 +79,60 @@ def largest(one, other):
     return (one - other).abs().max().item()
 
 
-def measure(family: Family) -> dict:
+def measure(family: Family, packed: bool = False) -> dict:
     """Everything of a family.
 
+    Args:
+        family ([`Family`]): The family.
+        packed (`bool`): Whether the base is in 4 bits from the start.
+
     Returns:
-        `dict`: `trains` (loss fell, every layer has three updates and a projection), `share` of the block weights in 4 bits,
-        differences of the output after `reload`, `disable` (to the base), `merge` and `export`, and `without`, the names of
-        block weights that are not held, with digits replaced.
+        `dict`: `losses`, the first and the last; `idle`, the layers without three updates or without a projection; `layers`,
+        their number; `share` of the block weights in 4 bits; the largest differences of the output from that of the base
+        (`disable`), and from that of the trained model (`reload`, `merge`, `export`); `without`, the names of block weights
+        that no layer holds, with stars for numbers.
     """
-    batch = family.batch(0)
-    weights = block_weights(family.build())
-    model = adapt(family.build())
-    base = output(family.build(), batch)
+
+    def build():
+        return pack_model(family.build()) if packed else family.build()
+
+    batch, weights = family.batch(0), block_weights(family.build())
+    model = adapt(build())
+    # disabled: in eval, on processors with AVX512-BF16, bitsandbytes by itself would round the absmax of a packed base
+    with model.disable_adapter():
+        base = output(model.eval(), batch) if packed else output(family.build(), batch)
     losses = train(model, batch)
     layers = dict(loqt_layers(model.base_model.model))
     trained = output(model, batch)
-    idle = [n for n, x in layers.items() if x.num_updates(ADAPTER) != 3 or not x.projection(ADAPTER).any()]
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name in weights.keys() - {f"{name}.weight" for name in layers}}
     result = {
-        "trains": losses[-1] < losses[0] and not idle,
         "losses": [losses[0], losses[-1]],
-        "idle": idle,
+        "idle": [n for n, x in layers.items() if x.num_updates(ADAPTER) != UPDATES or not x.projection(ADAPTER).any()],
         "layers": len(layers),
-        "share": held_in_four_bits(layers.values()) / sum(weights.values()),
-        "without": sorted({re.sub(r"\.\d+\.", ".*.", n) for n in weights.keys() - {f"{x}.weight" for x in layers}}),
+        "share": held_in_four_bits(layers, weights) / sum(weights.values()),
+        "without": sorted(names),
     }
     with model.disable_adapter():
         result["disable"] = largest(output(model, batch), base)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(family.build(), folder).eval()
+        again = PeftModel.from_pretrained(build(), folder).eval()
         result["reload"] = largest(output(again, batch), trained)
         result["merge"] = largest(output(again.merge_and_unload(), batch), trained)
         model.base_model.export(Path(folder) / "dense", "dense")
         exported = type(family.build()).from_pretrained(Path(folder) / "dense").eval()
         result["export"] = largest(output(exported, batch), trained)
     return result
+
+
+def failures(result: dict, share: float = SHARE) -> list[str]:
+    """What of a family is not as it must be."""
+    wrong = []
+    if not result["losses"][1] < result["losses"][0]:
+        wrong.append(f"the loss went from {result['losses'][0]:.3f} to {result['losses'][1]:.3f}")
+    if result["idle"]:
+        wrong.append(f"without updates: {', '.join(result['idle'])}")
+    if result["share"] < share:
+        wrong.append(f"{result['share']:.1%} of the block weights in 4 bits, without {', '.join(result['without'])}")
+    wrong += [f"{name}: {result[name]:.1e}" for name in ("disable", "reload") if result[name] != 0]
+    return wrong + [f"{name}: {result[name]:.1e}" for name in ("merge", "export") if result[name] > EXACT]

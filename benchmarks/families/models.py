@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,16 +120,13 @@ class Family:
         model (`str`): Name of a class in transformers.
         settings (`dict[str, Any]`): Of its configuration.
         batch (`Callable`): From a seed to the model's arguments, labels among them.
-        refused (`str`): Why LoQT does not train the family; empty if it does.
-        note (`str`): For the table.
+            note (`str`): For the table.
     """
 
     model: str
     settings: dict[str, Any]
     batch: Callable[[int], dict[str, torch.Tensor]]
-    refused: str = ""
     note: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> transformers.PreTrainedModel:
         """The model, the same for the same seed, in float32."""
@@ -355,5 +352,68 @@ FAMILIES: dict[str, Family] = {
             "vision_end_token_id": 4,
         },
         qwen_vl,
+    ),
+}
+
+_MIXTURE = {"num_experts_per_tok": 2, "output_router_logits": False, "moe_intermediate_size": 64}
+
+# whose experts are one parameter `[experts, out, in]`
+MIXTURES: dict[str, Family] = {
+    "Mixtral": _decoder("MixtralForCausalLM", num_local_experts=4, **_MIXTURE),
+    "OLMoE": _decoder("OlmoeForCausalLM", num_experts=4, **_MIXTURE),
+    "Qwen3-MoE": _decoder("Qwen3MoeForCausalLM", num_experts=4, head_dim=16, **_MIXTURE),
+    "Qwen3-Next": _decoder(
+        "Qwen3NextForCausalLM",
+        num_experts=4,
+        head_dim=16,
+        shared_expert_intermediate_size=64,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention"],
+        **_MIXTURE,
+    ),
+    "DeepSeek-V3": _decoder(
+        "DeepseekV3ForCausalLM",
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        **_MIXTURE,
+    ),
+    "GPT-OSS": _decoder(
+        "GptOssForCausalLM",
+        num_local_experts=4,
+        head_dim=16,
+        layer_types=["full_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **_MIXTURE,
+    ),
+    "Jamba": _decoder(
+        "JambaForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        use_mamba_kernels=False,
+    ),
+    "Llama4": _decoder(
+        "Llama4ForCausalLM",
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=128,
+        interleave_moe_layer_step=1,
+        head_dim=16,
+        attention_chunk_size=32,
     ),
 }

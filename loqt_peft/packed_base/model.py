@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +79,9 @@ class _Packer:
     @torch.no_grad()
     def pack_all(self) -> None:
         with self.bar:
-            for name, module in list(self.model.named_modules()):
-                self.move(module)
+            # names only: a layer is freed once it is packed
+            for name in [name for name, _ in self.model.named_modules()]:
+                self.move(self.model.get_submodule(name))
                 if name in self.targets:
                     self.pack(name)
 
@@ -117,7 +118,9 @@ class _Packer:
         """Initialize module by module in transformers' own order, and pack each block as soon as it has values."""
         model = self.model
         names = {id(module): name for name, module in model.named_modules()}
-        self.filled: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        # a parameter on meta that several modules hold -> the one that takes its place
+        self.filled = {id(p): (p, None) for p in model.parameters() if held[id(p)] > 1}
         blocks = defaultdict(list)
         for name in self.targets:
             blocks[_block(name)].append(name)
@@ -156,11 +159,12 @@ class _Packer:
                 continue
             values = torch.empty_like(parameter, device=self.device)
             module._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            # as long as the one on meta lives, no other parameter has its id
-            self.filled.setdefault(id(parameter), (parameter, module._parameters[name]))
-            first = self.filled[id(parameter)][1]
-            if first is not module._parameters[name]:
-                tied[name] = first
+            if id(parameter) in self.filled:
+                first = self.filled[id(parameter)][1]
+                if first is None:
+                    self.filled[id(parameter)] = (parameter, module._parameters[name])
+                else:
+                    tied[name] = first
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=self.device)

@@ -1,8 +1,10 @@
 """Bases that are packed as they are read, or layer by layer out of memory."""
 
 import copy
+import gc
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -253,23 +255,38 @@ def test_a_model_without_weights_gets_those_that_transformers_would_give_it(name
     assert tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
 
-def test_no_more_than_a_block_of_it_is_ever_dense():
-    with torch.device("meta"):
-        model = make("LlamaForCausalLM", **{**MODELS["LlamaForCausalLM"], "num_hidden_layers": 6})
-    dense = []
-    pack = bnb.nn.Params4bit.__new__
+@pytest.mark.parametrize("source", ["cpu", "meta"])
+def test_no_more_of_it_is_dense_than_must_be(source, monkeypatch):
+    settings = {**MODELS["LlamaForCausalLM"], "num_hidden_layers": 6, "vocab_size": 10}
+    with torch.device(source):
+        model = make("LlamaForCausalLM", **settings)
+    storages, alive = [], []
+    if source == "cpu":
+        storages += [weakref.ref(p.untyped_storage()) for p in model.model.layers.parameters() if p.dim() == 2]
+    empty_like, pack = torch.empty_like, bnb.nn.Params4bit.__new__
+
+    def watched(tensor, **kwargs):
+        made = empty_like(tensor, **kwargs)
+        if made.dim() == 2 and made.shape[0] > 10:
+            storages.append(weakref.ref(made.untyped_storage()))
+        return made
 
     def counted(cls, *args, **kwargs):
-        weights = [m.weight for n, m in model.named_modules() if ".layers." in n and type(m) is torch.nn.Linear]
-        dense.append(sum(not weight.is_meta for weight in weights))
+        alive.append(sum(storage() is not None for storage in storages))
         return pack(cls, *args, **kwargs)
 
-    bnb.nn.Params4bit.__new__ = counted
+    monkeypatch.setattr(torch, "empty_like", watched)
+    monkeypatch.setattr(bnb.nn.Params4bit, "__new__", counted)
+    gc.disable()
     try:
         pack_model(model)
     finally:
-        bnb.nn.Params4bit.__new__ = pack
-    assert max(dense) == 7
+        gc.enable()
+    assert len(storages) == 42
+    if source == "cpu":
+        assert alive[0] == 42 and alive[-1] <= 2
+    else:
+        assert max(alive) == 7
 
 
 @pytest.mark.parametrize("source", ["cpu", "meta"])
@@ -349,8 +366,8 @@ def test_train_save_and_load_again_through_the_trainer(checkpoint, tmp_path, ret
         else:
             with model.disable_adapter():
                 assert torch.equal(model(input_ids=tokens).logits, base)
-        # packed again, and quantized by bitsandbytes
-        for again in (load(checkpoint), load_llama(checkpoint, "4bit")):
+        # packed again, quantized by bitsandbytes, and dense
+        for again in (load(checkpoint), load_llama(checkpoint, "4bit"), load_llama(checkpoint, "dense")):
             again = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
             assert torch.equal(again(input_ids=tokens).logits, trained)
 
