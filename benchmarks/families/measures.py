@@ -47,7 +47,9 @@ def held_in_four_bits(layers, weights):
 
 
 def adapt(model):
-    return get_peft_model(model, LoQTConfig(r=8, update_interval=INTERVAL, interval_schedule="constant", projection="svd"))
+    return get_peft_model(
+        model, LoQTConfig(r=8, update_interval=INTERVAL, interval_schedule="constant", projection="svd")
+    )
 
 
 def train(model, batch, steps=STEPS):

@@ -201,7 +201,13 @@ def qwen_vl(seed):
     patches = torch.randn(BATCH * 16, 3 * 2 * 4 * 4, generator=_generator(seed))
     grid = torch.tensor([[1, 4, 4]] * BATCH)
     types = (ids == 5).int()
-    return {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types, "labels": ids}
+    return {
+        "input_ids": ids,
+        "pixel_values": patches,
+        "image_grid_thw": grid,
+        "mm_token_type_ids": types,
+        "labels": ids,
+    }
 
 
 ###############################
@@ -271,13 +277,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "Mamba": Family("MambaForCausalLM", _MAMBA, causal),
     "FalconMamba": Family("FalconMambaForCausalLM", _MAMBA, causal),
-    "Mamba2": Family("Mamba2ForCausalLM", {**_MAMBA, "head_dim": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 8}, causal),
+    "Mamba2": Family(
+        "Mamba2ForCausalLM", {**_MAMBA, "head_dim": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 8}, causal
+    ),
     "Zamba2": Family(
         "Zamba2ForCausalLM",
         {
             **DECODER,
             "num_hidden_layers": 4,
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "hybrid_layer_ids": [1, 3],
             "num_key_value_heads": 4,
             "mamba_d_state": 4,
             "mamba_headdim": 16,
@@ -303,7 +312,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "ModernBERT": Family(
         "ModernBertForSequenceClassification",
-        {**_without(ENCODER, "hidden_dropout_prob", "attention_probs_dropout_prob"), "cls_token_id": 1, "sep_token_id": 2},
+        {
+            **_without(ENCODER, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
         classes,
     ),
     "ViT": Family("ViTForImageClassification", IMAGE, image),

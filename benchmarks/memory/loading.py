@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -141,6 +140,7 @@ def dense_shapes(folder):
 
 def resident(way, folder):
     """Largest anonymous and whole resident memory beyond that from before, in bytes."""
+
     def status(field):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
@@ -163,8 +163,8 @@ def resident(way, folder):
     done.set()
     watcher.join()
     del model
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"anonymous": max(largest) - before, "resident": whole - whole_before, "seconds": seconds}
+    # `ru_maxrss` would be inherited from the process that started this one
+    return {"anonymous": max(largest) - before, "resident": status("VmHWM") - whole_before, "seconds": seconds}
 
 
 ###############################
@@ -199,10 +199,10 @@ def markdown(result):
     return "\n".join(
         [
             "# Loading in 4 bits\n",
-            f"A LLaMA of {result['parameters'] / 1e6:.0f}M parameters, a checkpoint of {result['checkpoint'] / 1e9:.2f} GB in",
-            f"{result['files']} files, bfloat16; its largest tensor has {largest / MIB:.0f} MiB. MiB; model: what is held in the",
-            f"end. The bar: at most {LIMIT} times the model and the largest tensor. Peak: counted by torch's allocator. RSS: the",
-            "growth of the process; all of it has the pages of the file, which the system takes back when it needs them.\n",
+            f"A LLaMA of {result['parameters'] / 1e6:.0f}M parameters, a checkpoint of {result['checkpoint'] / 1e9:.2f} GB",
+            f"in {result['files']} files, bfloat16; its largest tensor has {largest / MIB:.0f} MiB. MiB; model: what is held",
+            f"in the end. The bar: at most {LIMIT} times the model and the largest tensor. Peak: counted by torch's allocator.",
+            "RSS: growth of the process; all of it has the pages of the file, which the system takes back when it needs them.\n",
             markdown_table(header, rows),
             f"\nWeights of the first three, bit for bit equal: {'yes' if result['equal'] else 'NO'}.\n",
             provenance(),

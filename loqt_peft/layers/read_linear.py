@@ -48,10 +48,16 @@ class ReadLinear(Linear):
     # no graph knows of the recording
     @torch.compiler.disable
     def _read(self) -> torch.Tensor:
-        adapters = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.loqt_B]
+        adapters = (
+            [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.loqt_B]
+        )
         if not adapters:
             base = self.get_base_layer().weight
-            return base if self.quantization_backend is None else self.base.value(self.compute_device).to(self.weight_dtype)
+            return (
+                base
+                if self.quantization_backend is None
+                else self.base.value(self.compute_device).to(self.weight_dtype)
+            )
         if len(adapters) > 1:
             raise ValueError(f"Several adapters are active, {adapters}, and the model reads the weight of one layer.")
         records = self.training and self.capture.records and self.capture.adapter_name == adapters[0]

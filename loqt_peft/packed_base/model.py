@@ -144,7 +144,6 @@ class _Packer:
         finally:
             for part in parts:
                 del part._initialize_weights
-        model.tie_weights()
 
     @torch.no_grad()
     def materialize(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -153,7 +152,7 @@ class _Packer:
         Returns:
             `dict[str, nn.Parameter]`: What takes the place of tied weights once they are initialized, as all others are.
         """
-        tied = {}
+        tied: dict[str, nn.Parameter] = {}
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue

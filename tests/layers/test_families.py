@@ -1,5 +1,7 @@
 """Every family of models trains, reloads, merges and exports with the targets that LoQT takes by default."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,11 +52,12 @@ def trained(reads, quantize_weight="nf4", accumulate=1):
     config = loqt_config(target_modules=["out_proj"], task_type=None, quantize_weight=quantize_weight, loqt_alpha=1.0)
     model = get_peft_model(nn.Sequential(MambaMixer(reads)), config).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    backward_passes = itertools.count(1)
     for step in range(3):
-        micro_batches = iter(range(accumulate))
-        model.begin_step(step, lambda: seen == accumulate - 1)
-        for seen in micro_batches:
-            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(10 * step + seen))
+        # asked once in each
+        model.begin_step(step, lambda: next(backward_passes) % accumulate == 0)
+        for number in range(accumulate):
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(10 * step + number))
             (model(x).square().mean() / accumulate).backward()
         optimizer.step()
         model.end_step(optimizer)
@@ -67,7 +70,9 @@ def trained(reads, quantize_weight="nf4", accumulate=1):
 def test_a_weight_that_is_read_trains_as_one_that_is_called(quantize_weight, accumulate):
     (_, read), (_, called) = (trained(reads, quantize_weight, accumulate) for reads in (True, False))
     assert read.num_updates("default") == called.num_updates("default") == 3
-    torch.testing.assert_close(read.effective_weight("default"), called.effective_weight("default"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        read.effective_weight("default"), called.effective_weight("default"), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(read.loqt_B["default"], called.loqt_B["default"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(read.projection("default"), called.projection("default"), rtol=1e-4, atol=1e-5)
     base = read.get_base_layer().weight
