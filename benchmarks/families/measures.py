@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from benchmarks.families.models import Family
 from loqt_peft import LoQTConfig, pack_model
-from loqt_peft.algorithm.quantization import FourBitFormat
+from loqt_peft.algorithm.quantization import DenseFormat
 from loqt_peft.layers.find import loqt_layers
 
 
@@ -40,10 +40,15 @@ def held_in_four_bits(layers, weights):
         weights (`dict[str, int]`): Of [`block_weights`]; of a layer outside the blocks nothing is counted.
     """
     return sum(
-        weights.get(f"{name}.weight", 0)
+        weights.get(_weight_of(name, weights), 0)
         for name, layer in layers.items()
-        if layer.has_switched(ADAPTER) and isinstance(layer.weight_format(ADAPTER), FourBitFormat)
+        if layer.has_switched(ADAPTER) and not isinstance(layer.weight_format(ADAPTER), DenseFormat)
     )
+
+
+def _weight_of(name, weights):
+    """The parameter that a layer holds: experts' layers have the name of theirs."""
+    return name if name in weights else f"{name}.weight"
 
 
 def adapt(model):
@@ -106,7 +111,7 @@ def measure(family: Family, packed: bool = False) -> dict:
     losses = train(model, batch)
     layers = dict(loqt_layers(model.base_model.model))
     trained = output(model, batch)
-    names = {re.sub(r"\.\d+\.", ".*.", name) for name in weights.keys() - {f"{name}.weight" for name in layers}}
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name in weights.keys() - {_weight_of(n, weights) for n in layers}}
     result = {
         "losses": [losses[0], losses[-1]],
         "idle": [n for n, x in layers.items() if x.num_updates(ADAPTER) != UPDATES or not x.projection(ADAPTER).any()],

@@ -200,9 +200,9 @@ def markdown(result):
         [
             "# Loading in 4 bits\n",
             f"A LLaMA of {result['parameters'] / 1e6:.0f}M parameters, a checkpoint of {result['checkpoint'] / 1e9:.2f} GB",
-            f"in {result['files']} files, bfloat16; its largest tensor has {largest / MIB:.0f} MiB. Figures are in MiB. Model:",
-            f"what is held in the end. The bar: at most {LIMIT} times the model and the largest tensor. Peak: counted by",
-            "torch's allocator. RSS: growth of the process; all of it has the pages of the file, which the system takes back",
+            f"in {result['files']} files, bfloat16; its largest tensor has {largest / MIB:.0f} MiB. Figures are in MiB.",
+            f"Model: what is held in the end. The bar: at most {LIMIT} times the model and the largest tensor. Peak: counted",
+            "by torch's allocator. RSS: growth of the process; all of it has the pages of the file, which the system takes back",
             "when it needs them.\n",
             markdown_table(header, rows),
             f"\nWeights of the first three, bit for bit equal: {'yes' if result['equal'] else 'NO'}.\n",
