@@ -26,6 +26,8 @@ from .layers.find import loqt_layers
 from .layers.full_rank import full_rank_parameters, names_outside_layers
 from .layers.layer import LoQTLayer
 from .layers.linear import Linear
+from .layers.read_linear import ReadLinear, is_read_or_called
+from .layers.shared_blocks import join_shared_blocks
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
@@ -145,7 +147,8 @@ class LoQTModel(BaseTuner):
         if current_key not in self._checked_targets:
             # PEFT goes by the names in a state dict rather than by the config, if it gets one
             report(TargetChecks(self.model).findings([current_key]))
-        new_module = Linear(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
+        kind = ReadLinear if is_read_or_called(parent, target_name) else Linear
+        new_module = kind(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -198,6 +201,7 @@ class LoQTModel(BaseTuner):
         if config.full_rank_modules == "all":
             # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
             config.trainable_token_indices = None
+        join_shared_blocks(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.inference_mode:
             report(weight_shares(model, adapter_name).findings())

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
-import bitsandbytes as bnb
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..algorithm.quantization import undo_cpu_packing
 from ..choices import QUANT_TYPES
-from ..layers.base_weight import source_class
 from ..layers.find import loqt_layers
+from ..layers.four_bit import declare_four_bit, four_bit_layer
 from .conversion import cast, convert_layers
 from .report import Errors
-
-
-def _4bit_layer(
-    base_layer: nn.Module,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    quant_type: str,
-    double_quant: bool,
-) -> bnb.nn.Linear4bit:
-    """A `Linear4bit` with the bias of the base layer and a float32 weight `[out, in]`, to be dequantized to `dtype`."""
-    with torch.device("meta"):
-        layer = bnb.nn.Linear4bit(
-            weight.shape[1],
-            weight.shape[0],
-            bias=base_layer.bias is not None,
-            compute_dtype=compute_dtype,
-            compress_statistics=double_quant,
-            quant_type=quant_type,
-        )
-    layer.source_cls = source_class(base_layer)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=double_quant, quant_type=quant_type, module=layer
-    ).to(weight.device)
-    layer.weight.quant_state.dtype = dtype
-    layer.bias = base_layer.bias
-    layer.train(base_layer.training)
-    return layer
 
 
 def to_4bit(
@@ -70,34 +34,10 @@ def to_4bit(
     compute_dtype = dtype or model.get_submodule(min(names)).weight_dtype
 
     def convert(base_layer: nn.Module, weight: torch.Tensor, base_dtype: torch.dtype) -> nn.Module:
-        return _4bit_layer(base_layer, weight, dtype or base_dtype, compute_dtype, quant_type, config.double_quant)
+        return four_bit_layer(base_layer, weight, dtype or base_dtype, compute_dtype, quant_type, config.double_quant)
 
     errors = convert_layers(tuner, adapter_name, convert, progressbar)
     if dtype is not None:
         cast(model, dtype)
-    quantized, skipped = set(), []
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            undo_cpu_packing(module.weight)
-            quantized.add(name)
-        elif type(module) in (nn.Linear, Conv1D):
-            skipped.append(name)
-    quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[_skip_pattern(name, quantized) for name in skipped],
-    )
-    model.hf_quantizer = AutoHfQuantizer.from_config(quantization_config)
-    model.is_quantized = True
-    model.quantization_method = quantization_config.quant_method
-    model.hf_quantizer.postprocess_model(model)
+    declare_four_bit(model, quant_type, config.double_quant, compute_dtype)
     return errors
-
-
-def _skip_pattern(name: str, quantized: set[str]) -> str:
-    # a plain name also stands for every name that ends with it
-    if all(should_convert_module(other, [name]) for other in quantized):
-        return name
-    return f"^{re.escape(name)}$"
