@@ -10,8 +10,10 @@ from peft import PeftModel
 from torch import nn
 
 from ..algorithm.switch import NewProjection, Switch
+from ..dtensor import local
 from ..layers.find import loqt_layers
 from ..layers.layer import LoQTLayer
+from ..layers.sharded import gathered
 from .switching import compute_switch, draw_projection, empty_switch, project_gradient
 
 
@@ -20,7 +22,7 @@ def is_finite(layer: LoQTLayer) -> torch.Tensor | None:
     nothing yet."""
     capture = layer.capture
     if capture.adapter_name is not None and not capture.records:
-        return torch.isfinite(layer.loqt_B[capture.adapter_name].detach().sum(dtype=torch.float32))
+        return torch.isfinite(local(layer.loqt_B[capture.adapter_name].detach()).sum(dtype=torch.float32))
     return capture.is_finite
 
 
@@ -30,7 +32,7 @@ def is_distributed() -> bool:
 
 def not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     """Number of layers that an update would break, on any process."""
-    device = layers[0][1].loqt_P[adapter_name].device
+    device = layers[0][1].compute_device
     broken = torch.zeros(len(layers), dtype=torch.float32, device=device)
     for index, (_, layer) in enumerate(layers):
         if (finite := is_finite(layer)) is not None:
@@ -49,7 +51,10 @@ def switches(layers: list[LoQTLayer], adapter_name: str) -> Iterator[tuple[LoQTL
     """
     if not is_distributed():
         for layer in layers:
-            yield layer, _switch(layer, adapter_name, *_take_capture(layer, adapter_name))
+            captured = _take_capture(layer, adapter_name)
+            with gathered(layer, adapter_name):
+                switch = _switch(layer, adapter_name, *captured)
+            yield layer, switch
         return
     size = dist.get_world_size()
     for start in range(0, len(layers), size):
@@ -65,20 +70,22 @@ def _switches_of_group(group: list[LoQTLayer], adapter_name: str) -> list[Switch
         gradient, projected = _take_capture(layer, adapter_name)
         if layer.needs_gradient(adapter_name):
             if gradient is None:
-                device = layer.loqt_P[adapter_name].device
+                device = layer.compute_device
                 gradient = torch.zeros(layer.shape, dtype=torch.float32, device=device)
             dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
             gradient.div_(dist.get_world_size())
+        whole = gathered(layer, adapter_name)
         if dist.get_rank() == owner:
-            own = layer, gradient, projected
-        del gradient, projected
+            own = layer, gradient, projected, whole
+        del gradient, projected, whole
     switches = [
         None if dist.get_rank() == owner else empty_switch(layer, adapter_name) for owner, layer in enumerate(group)
     ]
     if own is not None:
-        layer, gradient, projected = own
-        switch = _switch(layer, adapter_name, gradient, projected)
-        del own, gradient, projected
+        layer, gradient, projected, whole = own
+        with whole:
+            switch = _switch(layer, adapter_name, gradient, projected)
+        del own, gradient, projected, whole
         switches[dist.get_rank()] = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
     for owner, switch in enumerate(switches):
         for tensor in switch:
@@ -91,7 +98,7 @@ def _take_capture(layer: LoQTLayer, adapter_name: str) -> tuple[torch.Tensor | N
     """See `GradientCapture.stop`; the gradient is on the device of the adapter."""
     gradient, projected = layer.capture.stop()
     if gradient is not None:
-        gradient = gradient.to(layer.loqt_P[adapter_name].device, non_blocking=True)
+        gradient = gradient.to(layer.compute_device, non_blocking=True)
     return gradient, projected
 
 

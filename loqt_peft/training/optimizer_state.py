@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
 from ..algorithm.precision import without_autocast
+from ..dtensor import full, write
 from ..findings import Finding
 
 
@@ -229,7 +230,7 @@ def _rotate(state: dict[str, Any], key: str, B: torch.Tensor, P_old: torch.Tenso
     if not isinstance(moment, torch.Tensor) or moment.shape != B.shape:
         return
     # a paged state is a tensor of the host
-    values = moment.to(B.device)
+    values = full(moment).to(P_new.device)
     in_8_bits = moment.dtype == torch.uint8
     if in_8_bits:
         values = dequantize_blockwise(values, absmax=state["absmax1"], code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
@@ -241,4 +242,4 @@ def _rotate(state: dict[str, Any], key: str, B: torch.Tensor, P_old: torch.Tenso
     if in_8_bits:
         values, quantized = quantize_blockwise(values, code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
         state["absmax1"].copy_(quantized.absmax)
-    moment.copy_(values)
+    write(moment, values)

@@ -22,6 +22,7 @@ from ..saving.base_name import report_base_name
 from .distributed import is_distributed, not_finite, switches
 from .figures import LoQTUpdate, figures_of, noise_findings
 from .optimizer_state import optimizer_findings, treat_optimizer_state
+from .sharding import reshard, unprepared_findings
 from .switching import project_gradient, write_switch
 
 
@@ -60,6 +61,7 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         )
     if step == 0:
         report_base_name(model)
+    report(unprepared_findings(layer for _, layer in layers))
     for _, layer in layers:
         layer.verify(adapter_name)
     config = layers[0][1].config[adapter_name]
@@ -131,10 +133,11 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         cancel_step(model)
         return None
 
+    reshard(model)
     report_once(model, optimizer_findings(layers, adapter_name, optimizer))
     config = layers[0][1].config[adapter_name]
     work = [layer.capture.work for _, layer in layers if layer.capture.work is not None]
-    starts = {device: mark(device) for device in {layer.loqt_P[adapter_name].device for _, layer in layers}}
+    starts = {device: mark(device) for device in {layer.compute_device for _, layer in layers}}
     for _, layer in layers:
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
