@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
@@ -43,34 +42,52 @@ def fsdp_on_cpus():
         os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
-def whole_state(model):
-    """The adapter of each layer, and every other trained parameter, gathered."""
+@torch.no_grad()
+def whole_state(model, optimizer):
+    """The adapter of each layer and every other trained parameter, with the moments of all that is trained, gathered."""
     state = {}
     for name, layer in loqt_layers(model):
         for part in PARTS:
             container = getattr(layer, part)
-            state |= {f"{name}.{part}": full(container[key].detach()).clone() for key in container}
+            state |= {f"{name}.{part}": full(container[key]).clone() for key in container}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "loqt_B" not in name:
-            state[name] = full(parameter.detach()).clone()
+        if parameter.requires_grad:
+            state[name] = full(parameter).clone()
+            moments = optimizer.state.get(parameter, {})
+            state |= {f"{name}.{key}": full(moments[key]).clone() for key in moments}
     return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in state.items()}
 
 
-class KeepLosses(transformers.TrainerCallback):
-    """The losses of all steps, and what the model is made of after each update."""
+class Watch(LoQTTrainerCallback):
+    """Keeps the losses, the steps of updates, and the states of the beginning, of each update and of the end."""
 
     def __init__(self):
-        self.losses, self.states, self.updates = [], {}, []
+        super().__init__()
+        self.losses, self.updates, self.states = [], [], {}
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        self.states["begin"] = whole_state(model, optimizer)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        updated = self._update is not None
+        super().on_step_end(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        if updated:
+            self.updates.append(state.global_step)
+            self.states[state.global_step] = whole_state(model, optimizer)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
         if "loss" in logs:
             self.losses.append(logs["loss"])
-        if "loqt/updates" in logs:
-            self.updates.append(state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_train_end(args, state, control, model=model, **kwargs)
+        self.states["end"] = whole_state(model, optimizer)
 
 
 def train(output_dir, model_kwargs=None, config=None, fsdp=None, resume=None, **args):
-    """Train; with `fsdp` (what is added to `fsdp_config`) under FSDP2. Returns losses, steps of updates, the end state."""
+    """Train; with `fsdp` (what is added to `fsdp_config`) under FSDP2. See [`Watch`] for what it returns."""
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(**{**WIDTHS, **(model_kwargs or {})}), loqt_config(**(config or {})))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -84,14 +101,18 @@ def train(output_dir, model_kwargs=None, config=None, fsdp=None, resume=None, **
     if fsdp is not None:
         wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         defaults |= {"fsdp": True, "fsdp_config": {**wrap, **fsdp}}
-    keep = KeepLosses()
+    watch = Watch()
     with fsdp_on_cpus():
         trainer = make_trainer(
-            model, output_dir, [LoQTTrainerCallback(), keep], dataset=TokenDataset(size=96), **{**defaults, **args}
+            model, output_dir, [watch], dataset=TokenDataset(size=96), **{**defaults, **args}
         )
         trainer.train(resume_from_checkpoint=resume)
-        state = whole_state(trainer.model)
         if fsdp is not None:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(f"{output_dir}/final")
-    return {"losses": keep.losses, "updates": keep.updates, "state": state}
+    return {"losses": watch.losses, "updates": watch.updates, "states": watch.states}
+
+
+def each(calls):
+    """The results of several calls of `train`, made one after the other in the same processes."""
+    return [train(*args, **kwargs) for args, kwargs in calls]
