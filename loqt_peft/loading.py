@@ -11,8 +11,8 @@ from torch import nn
 
 from .config import LoQTConfig
 from .findings import Finding, LoQTWarning, report
-from .layers.find import loqt_layers
-from .layers.full_rank import FSDP_PREFIX, names_outside_layers
+from .layers.find import loqt_layers, state_dict_name
+from .layers.full_rank import names_outside_layers
 from .layers.layer import LoQTLayer
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
@@ -24,9 +24,7 @@ _LOQT_PART = ".loqt_"
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
     """The layers of an adapter, by their names in the state dict."""
-    return {
-        name.removeprefix(FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
-    }
+    return {state_dict_name(name): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
