@@ -10,6 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LoQTConfig
+from .dtensor import is_sharded_tensor
 from .findings import Finding, LoQTWarning, report
 from .layers.find import loqt_layers, state_dict_name
 from .layers.full_rank import names_outside_layers
@@ -83,6 +84,7 @@ def make_room(
         `dict[str, torch.Tensor]`: What is to be loaded: the checkpoint with zeros for its seals, which have served.
     """
     layers = layers_of(model, adapter_name)
+    report(sharded_findings(layers, state_dict))
     # PEFT maps only keys that the model has a slot for
     state_dict = dict(state_dict)
     updates = [0]
@@ -95,6 +97,23 @@ def make_room(
         state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
     config.num_updates = max(updates)
     return state_dict
+
+
+def sharded_findings(layers: dict[str, LoQTLayer], state_dict: dict[str, torch.Tensor]) -> list[Finding]:
+    """Whether whole tensors are to be loaded into layers of which each process holds a part."""
+    sharded = any(is_sharded_tensor(layer.loqt_B[name]) for layer in layers.values() for name in layer.loqt_B)
+    if not sharded or any(map(is_sharded_tensor, state_dict.values())):
+        return []
+    return [
+        Finding(
+            "error",
+            "whole_into_sharded",
+            "An adapter cannot be loaded into a model that FSDP2 has sharded, as when the Trainer resumes from a checkpoint "
+            "that was saved without FSDP.",
+            "Load it before the Trainer is made (`PeftModel.from_pretrained(..., is_trainable=True)`), or resume from a "
+            "checkpoint of FSDP2.",
+        )
+    ]
 
 
 def copy_or_await(model: nn.Module, config: LoQTConfig, adapter_name: str, source: str | None) -> None:

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
 from peft import get_peft_model
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from loqt_peft import LoQTTrainerCallback, prepare_model_for_fully_shard
 from loqt_peft.dtensor import full
@@ -31,6 +32,9 @@ def fsdp_on_cpus():
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            if fsdp_plugin.cpu_offload:
+                # there is no device that pages could be locked for
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = patched

@@ -14,6 +14,7 @@ from ..algorithm.linear_map import LoQTLinear
 from ..compat import swap_hooks
 from .base_weight import dense_layer
 from .layer import LoQTLayer
+from .sharded import mixed_precision_dtype
 from .weight_guard import UnreadableWeight
 
 
@@ -125,6 +126,8 @@ class Linear(LoQTLayer, nn.Module):
         """In which the product with W is computed, and returned."""
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+            return dtype, dtype
+        if (dtype := mixed_precision_dtype(self)) is not None:
             return dtype, dtype
         if self.quantization_backend is not None:
             return self.get_base_layer().compute_dtype or x.dtype, x.dtype

@@ -57,12 +57,14 @@ class ShardedBase(BaseWeight):
     Args:
         base ([`BaseWeight`]): What is to be divided; the layer's own tensor is freed.
         device (`torch.device`): Where the weight is dequantized.
+        trained_dtypes (`set[torch.dtype]`): Of the layer's B.
     """
 
     is_sharded = True
 
-    def __init__(self, base: BaseWeight, device: torch.device) -> None:
+    def __init__(self, base: BaseWeight, device: torch.device, trained_dtypes: set[torch.dtype]) -> None:
         vars(self).update(vars(base))
+        self.trained_dtypes = trained_dtypes
         self._sample = base.sample(device)
         self._quantized_dtype = dtype = base.dtype
         whole = base.value(device).to(dtype)
@@ -135,6 +137,14 @@ def _part(flat: torch.Tensor) -> torch.Tensor:
     return part
 
 
+def mixed_precision_dtype(layer: LoQTLayer) -> torch.dtype | None:
+    """In which dtype FSDP2 has gathered B for a forward pass; `None` without its mixed precision."""
+    if not layer.base.is_sharded:
+        return None
+    dtypes = {layer.loqt_B[name].dtype for name in layer.active_adapters if name in layer.loqt_B}
+    return next(iter(dtypes - layer.base.trained_dtypes), None)
+
+
 @torch.no_grad()
 def make_shardable(layer: LoQTLayer, device: torch.device | None = None) -> None:
     """Before `fully_shard`: fill all slots that it will shard, and divide the base weight.
@@ -151,7 +161,7 @@ def make_shardable(layer: LoQTLayer, device: torch.device | None = None) -> None
             layer.loqt_weight[adapter_name] = packed.to(home)
     for container in ("loqt_P", "loqt_weight"):
         setattr(layer, container, ShardableBuffers(dict(getattr(layer, container).items()), persistent=True))
-    layer.base = ShardedBase(layer.base, device)
+    layer.base = ShardedBase(layer.base, device, {B.dtype for B in layer.loqt_B.values()})
 
 
 class Gathered:

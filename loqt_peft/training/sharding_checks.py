@@ -8,11 +8,15 @@ import re
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..findings import Finding
 
 
+# of torchao
+_TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 # of bitsandbytes, by their names in `TrainingArguments.optim`
 _BITSANDBYTES = re.compile(r"bnb|paged|lion|ademamix|^adamw_8bit$")
 
@@ -42,7 +46,7 @@ def engine_findings(model: nn.Module, args: TrainingArguments) -> list[Finding]:
                 "Use FSDP2: `fsdp_version: 2` in accelerate's config, or fsdp_config={'version': 2} of the Trainer.",
             )
         ]
-    return found + _plugin_findings(plugin) + _optimizer_findings(args) + _dtype_findings(model)
+    return found + _plugin_findings(plugin) + _optimizer_findings(plugin, args) + _dtype_findings(model)
 
 
 def _inactive_findings(args: TrainingArguments) -> list[Finding]:
@@ -95,20 +99,30 @@ def _plugin_findings(plugin) -> list[Finding]:
     ]
 
 
-def _optimizer_findings(args: TrainingArguments) -> list[Finding]:
-    if not _BITSANDBYTES.search(str(getattr(args.optim, "value", args.optim))):
-        return []
-    return [sharded_optimizer(f"optim={args.optim!s}")]
-
-
-def sharded_optimizer(name: str) -> Finding:
-    """That optimizers of bitsandbytes do not step sharded parameters."""
-    return Finding(
-        "error",
-        "bitsandbytes_optimizer_sharded",
-        f"{name} is not allowed under FSDP2: the operations of bitsandbytes' optimizers do not know sharded parameters.",
-        "Use optim='adamw_torch_8bit' (torchao), 'adamw_torch' or 'adamw_torch_fused'.",
-    )
+def _optimizer_findings(plugin, args: TrainingArguments) -> list[Finding]:
+    name = getattr(args.optim, "value", args.optim)
+    if _BITSANDBYTES.search(name):
+        return [
+            Finding(
+                "error",
+                "bitsandbytes_optimizer_sharded",
+                f"optim={name!r} is not allowed under FSDP2: the operations of bitsandbytes' optimizers do not know sharded "
+                "parameters.",
+                "Use optim='adamw_torch_8bit' (torchao), 'adamw_torch' or 'adamw_torch_fused'.",
+            )
+        ]
+    saves = args.save_strategy != SaveStrategy.NO and not args.save_only_model
+    if name in _TORCHAO and saves and plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+        return [
+            Finding(
+                "error",
+                "torchao_optimizer_whole",
+                f"optim={name!r} with FULL_STATE_DICT is not allowed: torch cannot hand the quantized moments of such a "
+                "checkpoint to the processes again, so that the run could not be resumed.",
+                "Set fsdp_state_dict_type to SHARDED_STATE_DICT.",
+            )
+        ]
+    return []
 
 
 def _dtype_findings(model: nn.Module) -> list[Finding]:
