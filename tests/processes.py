@@ -43,8 +43,8 @@ def _work(connection, rank, world, port, function, args):
     os._exit(0)
 
 
-def run(world, function, *args, timeout=240):
-    """What `function(*args)` returns in each of `world` processes, in order of their ranks.
+def run(world, function, *args, timeout=240, dying=()):
+    """What `function(*args)` returns in each of `world` processes, in order of their ranks; of `dying` ones `None`.
 
     The first error of any process is raised, and the others are ended.
     """
@@ -58,7 +58,7 @@ def run(world, function, *args, timeout=240):
         theirs.close()
         connections.append(ours)
         processes.append(process)
-    results = {}
+    results = dict.fromkeys(dying)
     try:
         while len(results) < world:
             ready = wait([c for rank, c in enumerate(connections) if rank not in results], timeout)

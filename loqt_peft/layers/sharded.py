@@ -114,6 +114,10 @@ class ShardedBase(BaseWeight):
         """Let `value` return this for a while; `None` ends it."""
         self._whole = whole
 
+    def replace(self, tuner_layer: nn.Module, weight: torch.Tensor, device: torch.device) -> None:
+        """Raises the error of `require`."""
+        self.require("Merging the adapter")
+
     def move(self, device: torch.device) -> None:
         """It stays on the host."""
 

@@ -127,7 +127,10 @@ def newer_version(version: int) -> str:
 
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, whatever its device; its shape and dtype do not enter. Of a sharded one all processes ask."""
+    """CRC-32 of a tensor's bytes, whatever its device; its shape and dtype do not enter.
+
+    Of a sharded tensor all processes must ask.
+    """
     return zlib.crc32(full(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8).numpy(), start)
 
 

@@ -73,11 +73,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def unprepared_findings(layers: Iterable[LoQTLayer]) -> list[Finding]:
-    """Whether a model was sharded without preparing it, so that W and P are whole on every process, and B cannot be updated."""
+    """Whether a model was sharded without preparing it: W and P are whole on every process, and B cannot be updated."""
+    unprepared = (layer for layer in layers if not layer.base.is_sharded)
     sharded = [
         layer
-        for layer in layers
-        if not layer.base.is_sharded and any(is_sharded_tensor(t) for t in (*layer.loqt_B.values(), layer.base.layer.weight))
+        for layer in unprepared
+        if any(is_sharded_tensor(tensor) for tensor in (*layer.loqt_B.values(), layer.base.layer.weight))
     ]
     if not sharded:
         return []

@@ -42,7 +42,7 @@ def engine_findings(model: nn.Module, args: TrainingArguments) -> list[Finding]:
             Finding(
                 "error",
                 "fsdp1",
-                "FSDP1 (fsdp_version=1) flattens all parameters of a block into one, in which an update finds neither B nor W.",
+                "FSDP1 (fsdp_version=1) flattens all parameters of a block into one, where an update finds neither B nor W.",
                 "Use FSDP2: `fsdp_version: 2` in accelerate's config, or fsdp_config={'version': 2} of the Trainer.",
             )
         ]
