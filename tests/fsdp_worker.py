@@ -158,7 +158,7 @@ def shard(model, **kwargs):
 
 
 def loop(model, steps, rank=0, world=1, poison=()):
-    """Train by hand, each process on its part of the batch; in steps of `poison` process 1 has gradients that are not finite."""
+    """Train by hand, each process on its part of the batch; in steps of `poison` those of process 1 are not finite."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     updates, losses, states = [], [], []
