@@ -19,7 +19,11 @@ from peft.utils import PeftType
 from torch import nn
 
 
+# torch 2.13 and 2.14 shard parameters of integers; 2.11 wants to differentiate by them, 2.6 takes one dtype in a block
+SHARDS_INTEGERS = torch.__version__ >= (2, 13)
+
 __all__ = [
+    "SHARDS_INTEGERS",
     "BufferDict",
     "add_peft_type",
     "calling_objects",

@@ -5,12 +5,23 @@ import importlib.metadata
 import pytest
 import torch
 from packaging.version import Version
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+
+from loqt_peft.compat import SHARDS_INTEGERS
 
 
 dynamo_inlines_hooks = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7.dev0"),
     reason="torch.compile of torch 2.6 cannot inline the hooks in PEFT's forward pass",
+)
+
+fsdp_shards_integers = pytest.mark.skipif(
+    not SHARDS_INTEGERS, reason="FSDP2 of torch before 2.13 does not shard W and P in 4 bits"
+)
+fsdp_reduces_unused_parameters = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"),
+    reason="FSDP2 of torch before 2.13 wants a gradient of the same parameters in all processes",
 )
 
 # that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch
@@ -113,8 +112,14 @@ def train(output_dir, config=(), fsdp=None, resume=None, prepared=False, model=(
         "max_grad_norm": 0.5,
     }
     if fsdp is not None:
-        defaults |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **fsdp}}
+        defaults |= {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **fsdp},
+        }
     if hsdp is not None:
+        # of accelerate from 1.10 on
+        from accelerate.parallelism_config import ParallelismConfig
+
         defaults["parallelism_config"] = ParallelismConfig(dp_replicate_size=hsdp[0], dp_shard_size=hsdp[1])
     if args.get("optim") == "adamw_torch_8bit":
         # torchao compiles its step, for a minute
@@ -228,12 +233,12 @@ def trainer_refusals(output_dir):
         if name == "dtypes":
             model.get_base_model().lm_head.to(torch.bfloat16)
         with fsdp_on_cpus():
-            kwargs = {"fsdp": True, "fsdp_config": config, **kwargs}
+            kwargs = {"fsdp": True, "fsdp_config": {"version": 2, **config}, **kwargs}
             error = _error(make_trainer, model, output_dir, [LoQTTrainerCallback()], **kwargs)
         told[name] = error, not any(layer.base.is_sharded for _, layer in loqt_layers(model))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(make_model(), output_dir, [LoQTTrainerCallback()], fsdp=True)
+        make_trainer(make_model(), output_dir, [LoQTTrainerCallback()], fsdp=True, fsdp_config={"version": 2})
         told["not active"] = [str(w.message) for w in caught if issubclass(w.category, LoQTWarning)]
     return told
 

@@ -2,12 +2,16 @@
 
 import bitsandbytes as bnb
 import torch
+import torch.distributed as dist
 from common import tiny_llama
 from peft import LoraConfig
 from peft.utils import PeftType
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from loqt_peft import compat
+from loqt_peft.layers.sharded import ShardableBuffers
 
 
 def test_a_method_of_peft_can_be_looked_up_in_every_way():
@@ -71,6 +75,24 @@ def test_all_hooks_change_places_and_their_handles_work():
     handle.remove()
     other(torch.ones(2))
     assert calls == ["forward"]
+
+
+def test_fully_shard_takes_buffers_that_answer_for_parameters(tmp_path):
+    buffers = ShardableBuffers({}, persistent=True)
+    buffers["default"] = torch.arange(4, dtype=torch.uint8 if compat.SHARDS_INTEGERS else torch.float32)
+    module = nn.Module()
+    module.held = buffers
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(module)
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(buffers["default"], DTensor) and not buffers["default"].requires_grad
+    assert list(module.parameters()) == [] and list(module.state_dict()) == ["held.default"]
+    # whole tensors go into the part
+    part = buffers["default"]
+    buffers["default"] = torch.zeros(4, dtype=part.dtype)
+    assert buffers["default"] is part and not part.to_local().any()
 
 
 def test_views_share_the_key_of_their_storage():

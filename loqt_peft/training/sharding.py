@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..compat import SHARDS_INTEGERS
 from ..dtensor import is_sharded_tensor
 from ..findings import Finding, report
 from ..layers.find import loqt_layers
@@ -96,7 +97,17 @@ def unprepared_findings(layers: Iterable[LoQTLayer]) -> list[Finding]:
 def adapter_findings(layers: Iterable[LoQTLayer]) -> list[Finding]:
     """Settings of an adapter that sharding does not allow."""
     configs = {name: config for layer in layers for name, config in layer.config.items()}
-    return [
+    found = [
+        Finding(
+            "error",
+            "integers_not_sharded",
+            f"torch {torch.__version__} cannot shard W and P in 4 bits, as adapter {name!r} has them.",
+            "Install torch 2.13 or a later one, or set quantize_weight=None and quantize_projection=None.",
+        )
+        for name, config in configs.items()
+        if not SHARDS_INTEGERS and (config.quantize_weight or config.quantize_projection)
+    ]
+    return found + [
         Finding(
             "error",
             "error_feedback_sharded",

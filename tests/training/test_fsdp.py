@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from accelerate.parallelism_config import ParallelismConfig
 from common import make_trainer, tiny_llama
+from conditions import fsdp_reduces_unused_parameters, fsdp_shards_integers
 from fsdp_worker import (
     DENSE,
     NF4,
@@ -66,10 +66,12 @@ def assert_as_one(tmp_path, world):
     assert farthest(nf4, alone) <= 5e-3
 
 
+@fsdp_shards_integers
 def test_two_processes_train_as_one(tmp_path):
     assert_as_one(tmp_path, 2)
 
 
+@fsdp_shards_integers
 def test_three_processes_train_as_one(tmp_path, wide):
     assert_as_one(tmp_path, 3)
 
@@ -80,6 +82,7 @@ def test_replicas_of_shards_train_as_one(tmp_path, wide):
     assert farthest(ranks[0][0], train(f"{tmp_path}/one", DENSE)) <= 1e-6
 
 
+@fsdp_shards_integers
 def test_what_changes_no_number_and_what_changes_little(tmp_path):
     everything = {**NF4, "full_rank_modules": "all", "optimizer_state": "rotate"}
     calls = {
@@ -110,6 +113,7 @@ def test_what_changes_no_number_and_what_changes_little(tmp_path):
     assert farthest(runs["bf16"], runs["plain"]) <= 0.05
 
 
+@fsdp_shards_integers
 def test_moments_in_8_bits(tmp_path):
     # torchao quantizes parts of 4096 elements and more
     model = {"hidden_size": 128, "intermediate_size": 128, **ONE_BLOCK}
@@ -129,6 +133,7 @@ def test_moments_in_8_bits(tmp_path):
     assert not unlike(quantized["states"]["end"], resumed["states"]["end"])
 
 
+@fsdp_shards_integers
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_resume(tmp_path, kind):
     """Before, on and after an update; on as many processes, and on others."""
@@ -166,6 +171,7 @@ def test_resume(tmp_path, kind):
     assert sum(name in end for name in saved) == len([name for name in saved if "loqt_seal" not in name])
 
 
+@fsdp_shards_integers
 def test_plain_fully_shard():
     ranks = run(2, own_loops)
     plain, offloaded, poisoned = ranks[0]
@@ -180,17 +186,20 @@ def test_plain_fully_shard():
     assert [rank[2]["updates"] for rank in ranks] == [[step in (0, 8) for step in range(9)]] * 2
 
 
+@fsdp_reduces_unused_parameters
 def test_a_module_that_did_not_run_on_one_process():
     first, second = run(2, unused_module)
     assert first["updates"] == second["updates"] == [True, False]
     assert not any(unlike(one, other) for one, other in zip(first["states"], second["states"], strict=True))
 
 
+@fsdp_shards_integers
 def test_a_process_that_ends_within_an_update():
     told, _ = run(2, killed, dying=[1], timeout=60)
     assert "Error" in told
 
 
+@fsdp_shards_integers
 def test_refusals_of_a_loop_of_ones_own():
     for told in run(2, refusals):
         assert "differ between the processes" in told["unlike"] and "loqt_B" in told["unlike"]
@@ -199,6 +208,7 @@ def test_refusals_of_a_loop_of_ones_own():
         assert all("in one process" in message for message in told["actions"]), told["actions"]
 
 
+@fsdp_shards_integers
 def test_one_process_prepares_as_well():
     model = prepare_model_for_fully_shard(make_model({"retain_base": "drop"}))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -211,6 +221,7 @@ def test_one_process_prepares_as_well():
         layer.base.value(torch.device("cpu"))
 
 
+@fsdp_shards_integers
 def test_refusals_of_the_trainer(tmp_path):
     expected = {
         "fsdp1": "fsdp_version: 2",
@@ -229,7 +240,8 @@ def test_refusals_of_the_trainer(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tensor", "context"])
 def test_parallelism_within_a_layer_is_refused(kind):
+    parallelism = pytest.importorskip("accelerate.parallelism_config")
     model = make_model()
     args = make_trainer(model, "unused").args
-    args.parallelism_config = ParallelismConfig(**{"tp_size" if kind == "tensor" else "cp_size": 2})
+    args.parallelism_config = parallelism.ParallelismConfig(**{"tp_size" if kind == "tensor" else "cp_size": 2})
     assert [finding.code for finding in engine_findings(model, args)] == [f"{kind}_parallel"]
