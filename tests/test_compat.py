@@ -81,18 +81,18 @@ def test_fully_shard_takes_buffers_that_answer_for_parameters(tmp_path):
     buffers = ShardableBuffers({}, persistent=True)
     buffers["default"] = torch.arange(4, dtype=torch.uint8 if compat.SHARDS_INTEGERS else torch.float32)
     module = nn.Module()
-    module.held = buffers
+    module.held, module.trained = buffers, nn.Parameter(torch.zeros(4))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fully_shard(module)
+        part = buffers["default"]
+        assert isinstance(part, DTensor) and not part.requires_grad
+        assert [name for name, _ in module.named_parameters()] == ["trained"] and "held.default" in module.state_dict()
+        # a whole tensor goes into the part
+        buffers["default"] = torch.zeros(4, dtype=part.dtype)
+        assert buffers["default"] is part and not part.to_local().any()
     finally:
         dist.destroy_process_group()
-    assert isinstance(buffers["default"], DTensor) and not buffers["default"].requires_grad
-    assert list(module.parameters()) == [] and list(module.state_dict()) == ["held.default"]
-    # whole tensors go into the part
-    part = buffers["default"]
-    buffers["default"] = torch.zeros(4, dtype=part.dtype)
-    assert buffers["default"] is part and not part.to_local().any()
 
 
 def test_views_share_the_key_of_their_storage():
