@@ -28,6 +28,20 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
     return {state_dict_name(name): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
 
 
+def layer_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Key in a checkpoint -> name in the model's state dict, of all that an adapter's layers may hold.
+
+    PEFT finds them by the names of modules, and so none within activation checkpointing's wrappers.
+    """
+    keys = {}
+    for name in layers_of(model, adapter_name):
+        for part in (*TENSORS, ERROR, "loqt_seal"):
+            keys[f"{name}.{part}"] = f"{name}.{part}.{adapter_name}"
+            # where the layers were added without a PeftModel, the model's names lack the prefix of the checkpoint's
+            keys.setdefault(f"base_model.model.{name}.{part}", f"{name}.{part}.{adapter_name}")
+    return keys
+
+
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     embeddings = []
     for side in ("input", "output"):

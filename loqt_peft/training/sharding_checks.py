@@ -94,7 +94,7 @@ def _plugin_findings(plugin) -> list[Finding]:
             "cpu_ram_efficient_loading",
             "fsdp_cpu_ram_efficient_loading=True is not allowed: it leaves the weights of all processes but the first empty, "
             "and W has to be quantized from them.",
-            "Set it to false. Each process then loads the base model, which `safetensors` maps from the file.",
+            "Set it to false. Each process then loads the whole base model, for which its host needs room.",
         )
     ]
 

@@ -137,7 +137,9 @@ def test_moments_in_8_bits(tmp_path):
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_resume(tmp_path, kind):
     """Before, on and after an update; on as many processes, and on others."""
-    config, fsdp = {**NF4, "full_rank_modules": "all", "optimizer_state": "rotate"}, {"state_dict_type": kind}
+    config = {**NF4, "full_rank_modules": "all", "optimizer_state": "rotate"}
+    # whose wrappers are in the names of modules
+    fsdp = {"state_dict_type": kind, "activation_checkpointing": True}
     through = f"{tmp_path}/through"
     saving = {"model": ONE_BLOCK, "max_steps": 10, "save_strategy": "steps", "save_steps": 1}
 
