@@ -29,8 +29,9 @@ def main(output_dir, batch_size, accumulation, update_mode, projection):
     gradients = {}
 
     def project_gradient(layer, adapter_name, gradient):
-        # of the first update; by the owner of the layer only
-        gradients.setdefault(f"gradient.{names[layer]}", gradient.clone())
+        # by the owner of the layer only
+        if trainer.state.global_step == 0:
+            gradients[f"gradient.{names[layer]}"] = gradient.clone()
         return switching.project_gradient(layer, adapter_name, gradient)
 
     distributed.project_gradient = project_gradient

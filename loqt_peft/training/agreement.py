@@ -55,8 +55,8 @@ def require_agreement(model: nn.Module, layers: list[tuple[str, LoQTLayer]], ada
         rows = _by_process(by_layer, device)
         different = [name for (name, _), row in zip(layers, rows, strict=True) if len(set(row)) > 1]
         raise ValueError(
-            f"{len(different)} of {len(layers)} layers of the LoQT adapter {adapter_name!r}, e.g. {different[0]}, have another "
-            f"W or P on {_others(states)} than on process 0. Load the same adapter or checkpoint in all processes."
+            f"{len(different)} of {len(layers)} layers of the LoQT adapter {adapter_name!r}, e.g. {different[0]}, have "
+            f"another W or P on {_others(states)} than on process 0. Load the same adapter or checkpoint in all processes."
         )
 
 

@@ -127,7 +127,9 @@ class GradientReduction:
             gradient.add_(for_device(waiting).to(gradient.device, non_blocking=True))
         self._waiting[place] = gradient
 
-    def _kept(self, gradient: torch.Tensor, previous: torch.Tensor | HostCopy | None = None) -> torch.Tensor | HostCopy:
+    def _kept(
+        self, gradient: torch.Tensor, previous: torch.Tensor | HostCopy | None = None
+    ) -> torch.Tensor | HostCopy:
         if not self._offload or gradient.device.type == "cpu":
             return gradient
         return HostCopy(gradient, previous if isinstance(previous, HostCopy) else None)
