@@ -19,6 +19,9 @@ from transformers.utils import WEIGHTS_NAME as MODEL_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
+# what DeepSpeed writes into a checkpoint of the Trainer
+DEEPSPEED_PARTS, DEEPSPEED_LATEST = "global_step*", "latest"
+
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest *complete* checkpoint in the output directory of a Trainer, for `train(resume_from_checkpoint=...)`.
@@ -63,8 +66,10 @@ def _missing(checkpoint: Path) -> str | None:
         indices = [checkpoint / name for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)]
         if not any(path.is_file() for path in (*(checkpoint / name for name in names), *indices)):
             return SAFETENSORS_WEIGHTS_NAME
+    # DeepSpeed keeps the optimizer's state in parts, and names their folder when all processes have written theirs
+    optimizer_name = DEEPSPEED_LATEST if any(checkpoint.glob(DEEPSPEED_PARTS)) else OPTIMIZER_NAME
     # with `save_only_model` there is none of these
-    rest = {OPTIMIZER_NAME: OPTIMIZER_NAME, SCHEDULER_NAME: SCHEDULER_NAME, "rng_state.pth": "rng_state*.pth"}
+    rest = {optimizer_name: optimizer_name, SCHEDULER_NAME: SCHEDULER_NAME, "rng_state.pth": "rng_state*.pth"}
     found = {name for name, pattern in rest.items() if next(checkpoint.glob(pattern), None)}
     return next((name for name in rest if found and name not in found), None)
 
