@@ -1,5 +1,7 @@
 """The private parts of other packages that we lean on still are what they were."""
 
+from datetime import timedelta
+
 import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
@@ -114,3 +116,13 @@ def test_four_bit_weights_are_packed_for_the_processor_and_back():
     quantized = compat.quantize_now(weight, torch.device("meta"))
     assert quantized.dtype == torch.uint8 and quantized.quant_state.shape == torch.Size([64, 64])
     assert callable(bnb.functional._convert_weight_packed_for_cpu_inverse)
+
+
+def test_a_group_tells_its_timeout(tmp_path):
+    timeout = timedelta(seconds=77)
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        assert compat.group_timeout(dist.group.WORLD, torch.device("cpu")) == timeout
+    finally:
+        dist.destroy_process_group()

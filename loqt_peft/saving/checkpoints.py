@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # what accelerate writes under FSDP of model and optimizer: with FULL_STATE_DICT a file, with SHARDED_STATE_DICT a folder
 FSDP_WHOLE, FSDP_OPTIMIZER = f"{FSDP_MODEL_NAME}.bin", f"{ACCELERATE_OPTIMIZER_NAME}.bin"
 FSDP_PARTS = f"{FSDP_MODEL_NAME}_0", f"{ACCELERATE_OPTIMIZER_NAME}_0"
+# what DeepSpeed writes into a checkpoint of the Trainer
+DEEPSPEED_PARTS, DEEPSPEED_LATEST = "global_step*", "latest"
 
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -71,7 +73,9 @@ def _missing(checkpoint: Path) -> str | None:
         indices = [checkpoint / name for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)]
         if not any(path.is_file() for path in (*(checkpoint / name for name in names), *indices)):
             return SAFETENSORS_WEIGHTS_NAME
-    return _missing_rest(checkpoint, OPTIMIZER_NAME)
+    # DeepSpeed keeps the optimizer's state in parts, and names their folder when all processes have written theirs
+    optimizer_name = DEEPSPEED_LATEST if any(checkpoint.glob(DEEPSPEED_PARTS)) else OPTIMIZER_NAME
+    return _missing_rest(checkpoint, optimizer_name)
 
 
 def _missing_of_fsdp(checkpoint: Path) -> str | None:

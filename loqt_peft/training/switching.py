@@ -7,6 +7,7 @@ import torch
 from ..algorithm.switch import NewProjection, Switch, drawn_projection, projection_of_gradient, switch
 from ..dtensor import write
 from ..layers.layer import LoQTLayer
+from .zero import write_parts
 
 
 def project_gradient(layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor) -> NewProjection:
@@ -74,6 +75,7 @@ def write_switch(layer: LoQTLayer, adapter_name: str, switch: Switch) -> None:
     """Make the computed state the layer's own. B stays the Parameter that the optimizer holds."""
     layer.loqt_P[adapter_name] = switch.P
     write(layer.loqt_B[adapter_name], switch.B)
+    write_parts(layer.loqt_B[adapter_name])
     layer.loqt_weight[adapter_name] = switch.weight
     if switch.error is not None:
         layer.loqt_error[adapter_name] = switch.error.cpu()
