@@ -329,4 +329,7 @@ class LoQTModel(BaseTuner):
                 dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
+        for _, layer in loqt_layers(self.model):
+            if layer.base.is_sharded:
+                layer.base.require("Exporting the adapter")
         return export(self, output_dir, to, rank, dtype, overwrite, progressbar)

@@ -211,6 +211,7 @@ def refusals():
         feedback = _error(prepare_model_for_fully_shard, make_model({"error_feedback": True}))
         model = shard(prepare_model_for_fully_shard(make_model()))
         actions = [model.merge_and_unload, model.unload, model.disable_adapter_layers]
+        actions += [lambda: model.base_model.export(f"never{rank}", "dense")]
         actions += [lambda: model.delete_adapter("default"), lambda: model.add_adapter("other", loqt_config())]
         return {"unlike": unlike, "unprepared": begun, "feedback": feedback, "actions": list(map(_error, actions))}
 
