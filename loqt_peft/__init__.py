@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .saving.checkpoints import get_last_checkpoint
     from .training.per_layer import per_layer, per_layer_optimizer
     from .training.performance import PerformanceCallback
+    from .training.sharding import prepare_model_for_fully_shard
 
 # public name -> the module that it is imported from when it is first asked for
 _MODULES = {
@@ -35,6 +36,7 @@ _MODULES = {
     "per_layer": "training.per_layer",
     "per_layer_optimizer": "training.per_layer",
     "plan_memory": "memory",
+    "prepare_model_for_fully_shard": "training.sharding",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "per_layer",
     "per_layer_optimizer",
     "plan_memory",
+    "prepare_model_for_fully_shard",
 ]
 
 

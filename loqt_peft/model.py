@@ -31,7 +31,7 @@ from .layers.shared_blocks import join_shared_blocks
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
-from .loading import copy_or_await, layers_of, make_room, tie_weights_after_load, verify
+from .loading import copy_or_await, layer_keys, layers_of, make_room, tie_weights_after_load, verify
 from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
@@ -229,7 +229,8 @@ class LoQTModel(BaseTuner):
         record_updates(model, adapter_name)
         report_base_name(model)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
+        held = [*layer_keys(model, adapter_name).values(), *full_rank_parameters(model, config)]
+        adapter.update({name: state_dict[name] for name in held if name in state_dict})
         rest = {key: state_dict[name] for key, name in names_outside_layers(model, config, adapter_name).items()}
         adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
         report(saving_findings(model, adapter_name), stacklevel=3)
@@ -241,7 +242,9 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         verify(model, config, adapter_name, state_dict)
         state_dict = make_room(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        keys = layer_keys(model, adapter_name)
+        return {keys.get(key, key): tensor for key, tensor in state_dict.items()}
 
     ###############################
     # Life cycle
@@ -330,4 +333,7 @@ class LoQTModel(BaseTuner):
                 dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
+        for _, layer in loqt_layers(self.model):
+            if layer.base.is_sharded:
+                layer.base.require("Exporting the adapter")
         return export(self, output_dir, to, rank, dtype, overwrite, progressbar)

@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import InvalidVersion, Version
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from transformers.utils.import_utils import is_schedulefree_available
+
+from loqt_peft.compat import SHARDS_INTEGERS
 
 
 dynamo_inlines_hooks = pytest.mark.skipif(
@@ -54,6 +57,14 @@ needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason=
 ARGUMENTS_ORDER_BATCHES = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
 BATCHES_IN_ORDER = "the comparisons need the Trainer's `train_sampling_strategy`, which transformers 5.0 lacks"
 trainer_keeps_order = pytest.mark.skipif(not ARGUMENTS_ORDER_BATCHES, reason=BATCHES_IN_ORDER)
+
+fsdp_shards_integers = pytest.mark.skipif(
+    not SHARDS_INTEGERS, reason="FSDP2 of torch before 2.13 does not shard W and P in 4 bits"
+)
+fsdp_reduces_unused_parameters = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"),
+    reason="FSDP2 of torch before 2.13 wants a gradient of the same parameters in all processes",
+)
 
 # that of transformers 5.0 logs no `grad_norm` with max_grad_norm=0
 TRAINER_LOGS_NORMS_WITHOUT_CLIPPING = hasattr(Trainer, "_get_grad_norm")

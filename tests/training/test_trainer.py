@@ -485,9 +485,7 @@ def test_data_parallel_is_refused():
         LoQTTrainerCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-@pytest.mark.parametrize(
-    "distributed_type", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM]
-)
+@pytest.mark.parametrize("distributed_type", [DistributedType.MEGATRON_LM])
 def test_sharded_training_is_refused(monkeypatch, distributed_type):
     trainer = make_trainer(loqt_model(), "unused")
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", distributed_type)
