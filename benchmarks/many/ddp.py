@@ -244,12 +244,12 @@ def report(results):
     return "\n".join(
         [
             "# An update step under DDP\n",
-            f"LLaMA, hidden {MODEL['hidden']}, {MODEL['layers']} layers, r {RANK}, float32, gloo; MB = 10^6 bytes, medians over "
-            "the updates after the first, of the rank with most.\n",
+            f"LLaMA, hidden {MODEL['hidden']}, {MODEL['layers']} layers, r {RANK}, float32, gloo; MB = 10^6 bytes, medians "
+            "over the updates after the first, of the rank with most.\n",
             markdown_table(header, rows),
             *[
-                f"DDP at {r['processes']} processes, with `gradient_as_bucket_view`, kept {r['kept_by_ddp'][0] / mb:.1f} MB for "
-                f"{r['kept_by_ddp'][1] / mb:.1f} MB of gradients when they were gone.\n"
+                f"DDP at {r['processes']} processes, with `gradient_as_bucket_view`, kept {r['kept_by_ddp'][0] / mb:.1f} MB "
+                f"for {r['kept_by_ddp'][1] / mb:.1f} MB of gradients when they were gone.\n"
                 for r in results
                 if r["kept_by_ddp"]
             ],

@@ -69,8 +69,8 @@ def zero_findings(
             Finding(
                 "error",
                 "zero_reset",
-                "optimizer_state='reset' is not allowed with DeepSpeed's ZeRO: the optimizer counts the steps of all parameters "
-                "together, and corrects the bias of moments by that count, so that those of B cannot begin anew.",
+                "optimizer_state='reset' is not allowed with DeepSpeed's ZeRO: the optimizer counts the steps of all "
+                "parameters together, and corrects the bias of moments by that count, so that those of B cannot begin anew.",
                 "Use optimizer_state='keep' or 'rotate'.",
             )
         ]
