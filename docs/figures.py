@@ -26,7 +26,8 @@ RUNS = ROOT / "benchmarks" / "results" / "compare" / "runs.jsonl"
 MEMORY = {
     "full rank": {"method": "full"},
     "GaLore": {"method": "galore", "rank": 1024, "optimizer": "adamw_8bit"},
-    "QLoRA": {"method": "qlora", "rank": 1024, "optimizer": "adamw_8bit", "double_quant": True},
+    # its usual rank
+    "QLoRA": {"method": "qlora", "rank": 64, "optimizer": "adamw_8bit", "double_quant": True},
     "LoQT": {"method": "loqt", "rank": 1024, "optimizer": "adamw_8bit", "double_quant": True, "per_layer": True},
 }
 # rows of the table "Perplexity" in comparison.md: the best full rank, and the better recipe
@@ -53,13 +54,14 @@ def overview(dark: bool) -> plt.Figure:
     """Memory by method at 7B, and two loss curves."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.15))
     sizes = {name: estimate_memory(SEVEN_B, **options).peak / 1e9 for name, options in MEMORY.items()}
-    left.barh(list(sizes), list(sizes.values()), color=[colour(name, dark) for name in sizes], height=0.65)
+    ranks = (f"{name}, r {o['rank']}" if "rank" in o else name for name, o in MEMORY.items())
+    left.barh(list(ranks), list(sizes.values()), color=[colour(name, dark) for name in sizes], height=0.65)
     for y, size in enumerate(sizes.values()):
         left.annotate(f"{size:.0f} GB", (size, y), xytext=(4, 0), textcoords="offset points", va="center")
     left.axvline(24 * 1024**3 / 1e9, color=GREY[dark], linestyle="--", linewidth=1)
-    left.annotate("24 GiB card", (24 * 1024**3 / 1e9, -0.45), xytext=(4, 0), textcoords="offset points", va="top")
+    left.annotate("24 GiB card", (24 * 1024**3 / 1e9, 2.5), xytext=(4, 0), textcoords="offset points", va="center")
     left.set_xlim(0, max(sizes.values()) * 1.15)
-    left.set_ylim(3.6, -0.9)
+    left.set_ylim(3.5, -0.5)
     left.grid(axis="y", visible=False)
     left.set_title("LLaMA-7B, peak memory (predicted)")
     left.set_xlabel("GB (10⁹ bytes), 256 tokens, update step included")
@@ -67,7 +69,9 @@ def overview(dark: bool) -> plt.Figure:
     for name, wanted in CURVES.items():
         points = curve(size="1m", steps=1000, text=IMDB, **wanted)
         points = [(step, loss) for step, loss in points if step >= 200]
-        right.plot(*zip(*points, strict=True), color=colour(name, dark), label=f"{name}, {points[-1][1]:.2f}", linewidth=2)
+        right.plot(
+            *zip(*points, strict=True), color=colour(name, dark), label=f"{name}, {points[-1][1]:.2f}", linewidth=2
+        )
     right.set_title("validation loss, 1M parameters (measured)")
     right.set_xlabel("optimizer step, 1,024 tokens each, mean of 3 seeds")
     right.set_ylabel("nats a token")

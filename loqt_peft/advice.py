@@ -133,7 +133,12 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for advice in CASES.values():
-        fields = {"update_interval": 100, "interval_schedule": "exponential", "projection": "randomized", **advice.fields}
+        fields = {
+            "update_interval": 100,
+            "interval_schedule": "exponential",
+            "projection": "randomized",
+            **advice.fields,
+        }
         interval = f"{fields['update_interval']}, {fields['interval_schedule']}"
         others = [
             f"`{name}={value!r}`"

@@ -57,6 +57,7 @@ def style(dark: bool = False) -> Iterator[None]:
     cycle = [pair[dark] for pair in (BLUE, GREY, ORANGE, GREEN, PURPLE)]
     with matplotlib.rc_context(
         {
+            "axes.axisbelow": True,
             "axes.edgecolor": faint,
             "axes.facecolor": "none",
             "axes.grid": True,
@@ -175,6 +176,8 @@ def plot_estimate(estimate: MemoryEstimate, path: str | Path) -> None:
         memory_bars(axes, estimate)
         options = estimate.options
         name = Path(estimate.model).stem if estimate.model.endswith(".json") else estimate.model
-        axes.set_title(f"{name}, {options.method}, rank {options.rank}, {options.batch_size} × {options.sequence_length} tokens")
+        axes.set_title(
+            f"{name}, {options.method}, rank {options.rank}, {options.batch_size} × {options.sequence_length} tokens"
+        )
         figure.set_facecolor("white")
         save(figure, path)

@@ -14,7 +14,7 @@ FLOORS = [
     {"algorithm"},
     {"saving", "config", "config_checks"},
     {"layers"},
-    {"training", "export", "memory", "loading"},
+    {"training", "export", "memory", "loading", "plots"},
     {"health"},
     {"model", "callback"},
     {"__init__"},

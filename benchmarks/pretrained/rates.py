@@ -185,7 +185,7 @@ def main():
     text = "\n".join(
         [
             "# Learning rates for a trained base in 4 bits\n",
-            f"Hidden size {HIDDEN}, rank {HIDDEN // 4}, `loqt_alpha=\"auto\"`, an update every 25 steps, {len(options.seeds)} seeds, mean ± "
+            f'Hidden size {HIDDEN}, rank {HIDDEN // 4}, `loqt_alpha="auto"`, an update every 25 steps, {len(options.seeds)} seeds, mean ± '
             "standard error.\n",
             f"Going on with IMDB reviews for {options.steps} steps of {BATCH * LENGTH} tokens; before, the validation loss is {before:.3f}:\n",
             markdown_table(

@@ -132,7 +132,9 @@ class MethodArguments(LoQTArguments):
         },
     )
     rank: int = field(default=32, metadata={"help": "Rank of P and B, of LoRA and of GaLore."})
-    loqt_alpha: float = field(default=GLUE.scale, metadata={"help": "The scale s, used as is: not divided by the rank."})
+    loqt_alpha: float = field(
+        default=GLUE.scale, metadata={"help": "The scale s, used as is: not divided by the rank."}
+    )
     update_interval: int = field(
         default=GLUE.fields["update_interval"], metadata={"help": "Optimizer steps between updates (GaLore: of P)."}
     )

@@ -32,7 +32,7 @@ def command(model: str, options: MemoryOptions, budget: str | None = None) -> st
     for field in fields(MemoryOptions):
         value: Any = getattr(options, field.name)
         # the dtype of the adapter follows that of the weights
-        default = options.dtype if field.name == "adapter_dtype" else getattr(usual, field.name)
+        default = {"adapter_dtype": options.dtype, "method": "loqt"}.get(field.name, getattr(usual, field.name))
         if value == default:
             continue
         flag = field.name.replace("_", "-")
