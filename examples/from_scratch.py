@@ -1,4 +1,4 @@
-"""Pretrain a small LLaMA from scratch on a text of your own, its weights in 4 bits: python examples/from_scratch.py MY_TEXT.txt"""
+"""Pretrain a small LLaMA from scratch on a text of your own, in 4 bits: python examples/from_scratch.py MY_TEXT.txt"""
 
 import os
 import sys

@@ -99,7 +99,8 @@ CASES = {
         learning_rate=1e-4,
         rates="5e-5 to 1e-4, by task",
         fields={**_GLUE, "projection": "svd"},
-        reason="the paper's settings for DeBERTaV3-base on GLUE, K = 5 ([by task](../examples/glue/README.md)). Not repeated here",
+        reason="the paper's settings for DeBERTaV3-base on GLUE, K = 5 ([by task](../examples/glue/README.md)). "
+        "Not repeated here",
     ),
     "small_encoder": Advice(
         title="fine-tune a small encoder",

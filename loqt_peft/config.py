@@ -68,9 +68,9 @@ class LoQTConfig(PeftConfig):
     loqt_alpha: float | Literal["auto"] = field(
         default=DEFAULT_SCALE,
         metadata={
-            "help": f"The paper's scale s, used as is: not divided by r. 'auto': s = {AUTO_CONSTANT} / √(r·min(in, out)) for each "
-            f"layer, which goes with a learning rate of {CASES['pretrain'].learning_rate:g} from scratch and "
-            f"{CASES['continue'].learning_rate:g} from a trained base."
+            "help": "The paper's scale s, used as is: not divided by r. 'auto': "
+            f"s = {AUTO_CONSTANT} / √(r·min(in, out)) for each layer, which goes with a learning rate of "
+            f"{CASES['pretrain'].learning_rate:g} from scratch and {CASES['continue'].learning_rate:g} from a trained base."
         },
     )
     target_modules: list[str] | str | None = field(

@@ -1,4 +1,4 @@
-"""One look for every picture: of `loqt estimate --plot`, of documentation, examples, notebooks and benchmarks. Needs matplotlib."""
+"""One look for all pictures: `loqt estimate --plot`, documentation, examples, notebooks, benchmarks. Needs matplotlib."""
 
 from __future__ import annotations
 

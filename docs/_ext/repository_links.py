@@ -1,4 +1,4 @@
-"""Links of a page that lead out of docs/ become addresses in the repository, so that they work on a code host and on the site."""
+"""Links of a page that lead out of docs/ become addresses in the repository: they work on a code host and on the site."""
 
 import configparser
 import importlib.util

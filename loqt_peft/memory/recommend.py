@@ -44,8 +44,11 @@ def command(model: str, options: MemoryOptions, budget: str | None = None) -> st
 
 
 def training_code(options: MemoryOptions) -> str:
-    """The config and the Trainer's arguments of these options, for LoQT; scale and rate are those of `loqt_peft.advice`."""
-    advice = CASES["continue" if options.base == "4bit" else "pretrain"]
+    """The config and the Trainer's arguments of these options, for LoQT; scale and rate are those of `loqt_peft.advice`.
+
+    With embeddings, norms and head that is pretraining, without them going on with a trained base.
+    """
+    advice = CASES["pretrain" if options.full_rank else "continue"]
     config = {"task_type": "CAUSAL_LM", "r": options.rank, "loqt_alpha": advice.scale}
     if options.full_rank:
         config["full_rank_modules"] = "all"
