@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo glue compare gpu gpu-kit test lint types docs docs-serve docs-figures dist clean
+.PHONY: install demo glue compare gpu gpu-kit test lint types docs docs-check docs-serve docs-figures dist clean
 
 install: $(STAMP)
 
@@ -58,6 +58,10 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# The built site in Chromium, where it is installed.
+docs-check: docs
+	$(BIN)/python docs/check_in_browser.py $(CHECK_ARGS)
 
 docs-serve: docs
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000

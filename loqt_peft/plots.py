@@ -42,48 +42,58 @@ def colour(name: str, dark: bool = False) -> str:
     return {**METHOD_COLOURS, **CATEGORY_COLOURS}.get(name, GREY)[dark]
 
 
-@contextmanager
-def style(dark: bool = False) -> Iterator[None]:
-    """matplotlib's settings of this look. The background is transparent, so that pages of either kind show through.
+def settings(dark: bool = False) -> dict[str, Any]:
+    """matplotlib's settings of this look, for `plt.rcParams.update`; the background is transparent.
 
     Raises:
         ValueError: If matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib import cycler
     except ImportError:
         raise ValueError("A picture needs matplotlib: pip install matplotlib.") from None
     ink, faint = ("#e6e6e6", "#5a5a5a") if dark else ("#1f1f1f", "#c8c8c8")
-    cycle = [pair[dark] for pair in (BLUE, GREY, ORANGE, GREEN, PURPLE)]
-    with matplotlib.rc_context(
-        {
-            "axes.axisbelow": True,
-            "axes.edgecolor": faint,
-            "axes.facecolor": "none",
-            "axes.grid": True,
-            "axes.labelcolor": ink,
-            "axes.prop_cycle": matplotlib.cycler(color=cycle),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlecolor": ink,
-            "axes.titlelocation": "left",
-            "axes.titlesize": "medium",
-            "axes.titleweight": "bold",
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "none",
-            "font.size": 10,
-            "grid.color": faint,
-            "grid.linewidth": 0.5,
-            "legend.frameon": False,
-            "savefig.facecolor": "none",
-            "svg.fonttype": "path",
-            # the same picture is the same file
-            "svg.hashsalt": "loqt_peft",
-            "text.color": ink,
-            "xtick.color": ink,
-            "ytick.color": ink,
-        }
-    ):
+    return {
+        "axes.axisbelow": True,
+        "axes.edgecolor": faint,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.labelcolor": ink,
+        "axes.prop_cycle": cycler(color=[pair[dark] for pair in (BLUE, GREY, ORANGE, GREEN, PURPLE)]),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlecolor": ink,
+        "axes.titlelocation": "left",
+        "axes.titlesize": "medium",
+        "axes.titleweight": "bold",
+        "figure.constrained_layout.use": True,
+        "figure.facecolor": "none",
+        "font.size": 10,
+        "grid.color": faint,
+        "grid.linewidth": 0.5,
+        "legend.frameon": False,
+        "savefig.facecolor": "none",
+        "svg.fonttype": "path",
+        # the same picture is the same file
+        "svg.hashsalt": "loqt_peft",
+        "text.color": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+    }
+
+
+def paper() -> dict[str, Any]:
+    """[`settings`] on white, for pictures that are looked at by themselves: notebooks, `.png` files."""
+    return {**settings(), "figure.facecolor": "white", "savefig.facecolor": "white"}
+
+
+@contextmanager
+def style(dark: bool = False, white: bool = False) -> Iterator[None]:
+    """[`settings`] for a while, or with `white` those of [`paper`]."""
+    chosen = paper() if white else settings(dark)
+    import matplotlib
+
+    with matplotlib.rc_context(chosen):
         yield
 
 
@@ -166,7 +176,7 @@ def plot_estimate(estimate: MemoryEstimate, path: str | Path) -> None:
     Raises:
         ValueError: If matplotlib is not installed, or does not know the format.
     """
-    with style():
+    with style(white=True):
         import matplotlib
 
         matplotlib.use("Agg")
@@ -179,5 +189,4 @@ def plot_estimate(estimate: MemoryEstimate, path: str | Path) -> None:
         axes.set_title(
             f"{name}, {options.method}, rank {options.rank}, {options.batch_size} × {options.sequence_length} tokens"
         )
-        figure.set_facecolor("white")
         save(figure, path)

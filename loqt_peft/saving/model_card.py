@@ -189,6 +189,7 @@ def add_loqt_section(
         before, after = card.text[:position].rstrip(), card.text[position:]
         card.text = f"{before}\n\n{section}\n\n{after}" if after else f"{before}\n\n{section}\n"
 
+    card.text = card.text.rstrip() + "\n"
     if "base_model" in card.data and isinstance(card.data.base_model, str) and not _is_repo_id(card.data.base_model):
         card.data.pop("base_model")
     new = ["loqt", f"arxiv:{ARXIV_ID}", *(["4-bit"] if config.quantize_weight else [])]
