@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo glue compare gpu gpu-kit test lint types docs docs-check docs-serve docs-figures dist clean
+.PHONY: install demo glue compare gpu gpu-kit test lint types docs docs-check docs-serve docs-figures docs-screenshots dist clean
 
 install: $(STAMP)
 
@@ -70,6 +70,10 @@ docs-serve: docs
 docs-figures: $(STAMP)
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/figures.py
+
+# What the commands print, as pictures.
+docs-screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py
 
 # A source distribution and a wheel that is built from it, checked as a package index checks them.
 dist: $(STAMP)

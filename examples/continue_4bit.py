@@ -35,7 +35,7 @@ config = LoQTConfig(task_type="CAUSAL_LM", r=rank, loqt_alpha="auto", error_feed
 model = get_peft_model(model, config)
 
 args = TrainingArguments(
-    "out", learning_rate=0.005, max_steps=steps, warmup_steps=steps // 10, logging_steps=20, report_to="none"
+    "out", learning_rate=0.01, max_steps=steps, warmup_steps=steps // 10, logging_steps=20, report_to="none"
 )
 trainer = Trainer(model, args, train_dataset=blocks, processing_class=tokenizer, callbacks=[LoQTTrainerCallback()])
 trainer.train()

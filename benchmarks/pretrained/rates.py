@@ -5,12 +5,14 @@
 
 A LLaMA of 0.9M parameters is trained at full rank on State of the Union addresses and loaded in 4 bits. Then LoQT, rank d/4
 and `loqt_alpha="auto"`, goes on with it on IMDB reviews; and it is aligned by TRL's DPOTrainer to prefer a review's own
-continuation to that of another one. Both with each learning rate of a grid and with several seeds.
+continuation to the same words in another order. Both with each learning rate of a grid and with several seeds.
 
 Results: results/rates.json and results/rates.md.
 """
 
 import argparse
+import json
+import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -29,6 +31,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.common import (
+    RESULTS,
     ROOT,
     Blocks,
     llama,
@@ -53,6 +56,9 @@ def parse_arguments():
     parser.add_argument("--base-steps", type=int, default=640)
     parser.add_argument("--steps", type=int, default=200, help="of continuing")
     parser.add_argument("--align-steps", type=int, default=64)
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(RATES), default=list(RATES), help="others stay as they were measured"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     return parser.parse_args()
 
@@ -138,13 +144,18 @@ def aligned(folder, pairs, tokenizer, options, rate, seed):
 
 
 def preference_pairs(texts):
-    """A review's beginning, what follows in it, and what follows in the next one."""
+    """A review's beginning, what follows in it, and the same words in a random order."""
+    order = random.Random(0)
     words = [text.split() for text in texts]
     words = [w for w in words if len(w) > 60]
     return Dataset.from_list(
         [
-            {"prompt": " ".join(a[:16]), "chosen": " " + " ".join(a[16:40]), "rejected": " " + " ".join(b[16:40])}
-            for a, b in zip(words, words[1:], strict=False)
+            {
+                "prompt": " ".join(a[:16]),
+                "chosen": " " + " ".join(a[16:40]),
+                "rejected": " " + " ".join(order.sample(a[16:40], 24)),
+            }
+            for a in words
         ]
     )
 
@@ -179,7 +190,10 @@ def main():
         result = {
             case: {str(rate): [run(rate, seed) for seed in options.seeds] for rate in RATES[case]}
             for case, run in runs.items()
+            if case in options.cases
         }
+    if len(options.cases) < len(RATES):
+        result = {**json.loads((RESULTS / "rates.json").read_text()), **result}
     write_json("rates.json", {"options": vars(options), **result})
     before = result["continue"][str(RATES["continue"][0])][0]["before"]
     text = "\n".join(

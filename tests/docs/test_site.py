@@ -73,7 +73,8 @@ def pairs_in(code):
     rates = [float(rate) for rate in re.findall(r"learning_rate[ =\"':]+([\d.e-]+\d)", code)]
     scales = re.findall(r"loqt_alpha[ =\"':]+(auto|[\d.]+\d)", code)
     scales = [scale if scale == "auto" else float(scale) for scale in scales]
-    if re.search(r"\bLoQTConfig\(", code) and not scales:
+    # a scale that has a name of its own is not found
+    if "LoQTConfig(" in code and "loqt_alpha" not in code:
         scales = [advice.DEFAULT_SCALE]
     return [(scale, rate) for scale in scales for rate in rates]
 
@@ -89,6 +90,11 @@ def documented():
             yield f"{path.relative_to(ROOT)} {number}", code
     for path in sorted((ROOT / "examples").glob("*.py")):
         yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "loqt_peft").rglob("*.py")):
+        for number, code in enumerate(
+            re.findall(r"```py(?:thon)?\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        ):
+            yield f"{path.relative_to(ROOT)} {number}", code
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
