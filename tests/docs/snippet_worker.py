@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from common import TokenDataset, tiny_llama, token_batch, train_steps
+from datasets import Dataset
 from pages import PAGES, python_blocks
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -101,6 +102,7 @@ def names():
         "train_dataset": data,
         "eval_dataset": data,
         "labelled_dataset": Labelled(),
+        "text_dataset": Dataset.from_dict({"text": ["w3 w4 w5 w6 w7 w8 w9"] * 32}),
         "dataloader": torch.utils.data.DataLoader(data, batch_size=16),
         "args": arguments,
         "trainer": Trainer(model, arguments, train_dataset=data, callbacks=[LoQTTrainerCallback()]),
