@@ -23,6 +23,8 @@ class Worded(int):
         words (`str`): What people read.
     """
 
+    words: str
+
     def __new__(cls, value: int, words: str) -> Worded:
         self = super().__new__(cls, value)
         self.words = words
