@@ -109,14 +109,9 @@ class LoQTTrainerCallback(PerformanceCallback):
         ranks = sorted({layer.r[adapter_name] for _, layer in layers})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(layer.out_features * layer.in_features for _, layer in layers)
-        others = sum(
-            p.numel() for n, p in model.named_parameters() if ".base_layer.weight" not in n and "loqt_B" not in n
-        )
         steps = layers[0][1].config[adapter_name].schedule.update_steps(state.max_steps, state.global_step)
         return (
-            f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "
-            f"({100 * trainable / (weights + others):.1f}% of the base model's), "
+            f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters, "
             f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps\n"
             f"LoQT: {weight_shares(model, adapter_name)}"
         )

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..advice import AUTO_CONSTANT
 from ..algorithm.precision import without_autocast
 from ..algorithm.projection import (
     is_right,
@@ -39,7 +40,7 @@ def _settle_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
 
 def _auto_scale(shape: tuple[int, int], r: int) -> float:
     # a step of B by Adam of size η moves W by η s √(r/min(in, out)): so as much at every rank, and less in wider layers
-    return 16 / math.sqrt(r * min(shape))
+    return AUTO_CONSTANT / math.sqrt(r * min(shape))
 
 
 def _initial_factors(

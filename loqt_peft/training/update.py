@@ -18,6 +18,7 @@ from ..layers.find import active_layers, active_of, loqt_layers
 from ..layers.layer import LoQTLayer
 from ..layers.stopwatch import Stretch, mark
 from ..layers.training_watch import lost_update_findings
+from ..patience import patiently
 from ..saving.base_name import report_base_name
 from .agreement import require_agreement
 from .distributed import is_distributed, not_finite, switches
@@ -155,7 +156,7 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
     by_layer = {}
-    for layer, switch in switches([layer for _, layer in layers], adapter_name):
+    for layer, switch in patiently(switches([layer for _, layer in layers], adapter_name), "LoQT update", len(layers)):
         P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
         write_switch(layer, adapter_name, switch)
         by_layer[layer] = switch.statistics

@@ -1,5 +1,6 @@
 """The callback in the stock Trainer."""
 
+import json
 import types
 import warnings
 
@@ -79,10 +80,15 @@ def test_updates_happen_on_schedule_and_are_logged(tmp_path, capsys):
     # T = 0, 4, 9; an update of step t is logged when step t + 1 begins to count
     assert [entry["step"] for entry in entries] == [1, 5, 10]
     assert [entry["loqt/updates"] for entry in entries] == [1, 2, 3]
-    assert all(LOGGED <= set(entry) for entry in entries)
+    # the first one merges nothing
+    assert LOGGED - {"loqt/merged_change"} <= set(entries[0]) and all(LOGGED <= set(entry) for entry in entries[1:])
     assert all(entry["loqt/quantization_error_after"] < entry["loqt/quantization_error_before"] for entry in entries)
     assert all(0 < entry["loqt/gradient_energy"] <= 1 for entry in entries)
-    assert entries[0]["loqt/merged_change"] == 0 < entries[1]["loqt/merged_change"]
+    assert "loqt/merged_change" not in entries[0] and entries[1]["loqt/merged_change"] > 0
+    # as the console prints them, and as programs read them
+    assert repr(entries[0]["loqt/updates"]) == "1 (P taken)" and json.dumps(entries[0]["loqt/updates"]) == "1"
+    memory = next(e["loqt/peak_resident_memory"] for e in trainer.state.log_history if "loss" in e)
+    assert repr(memory) == f"{memory / 2**20:,.0f} MiB" and json.dumps(memory).isdigit()
     # the Trainer's own logs are still there, on steps with an update too
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [4, 8, 12]
 
