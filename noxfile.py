@@ -26,7 +26,7 @@ ASK_VERSIONS = (
 )
 # of the source distribution, with nothing but the wheel and pytest
 OF_THE_PACKAGE = [
-    "tests/test_quickstart.py",
+    "tests/docs/test_snippets.py::test_python_runs[README.md]",
     "tests/test_config.py",
     "tests/test_compat.py",
     "tests/test_packaging.py",

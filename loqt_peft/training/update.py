@@ -157,7 +157,8 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         layer.loqt_B[adapter_name].grad = None
     by_layer = {}
     for layer, switch in patiently(switches([layer for _, layer in layers], adapter_name), "LoQT update", len(layers)):
-        P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
+        # a copy: one that is not quantized is the memory that the new P is written to
+        P_old = layer.projection(adapter_name).clone() if config.optimizer_state == "rotate" else None
         write_switch(layer, adapter_name, switch)
         by_layer[layer] = switch.statistics
         if optimizer is not None:

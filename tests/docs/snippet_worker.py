@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from common import TokenDataset, tiny_llama, token_batch, train_steps
-from datasets import Dataset
 from pages import PAGES, python_blocks
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -96,13 +95,12 @@ def names():
     """What the pages take for granted."""
     model, data = trained_model(), TokenDataset()
     arguments = TrainingArguments("out", learning_rate=0.02)
-    return {
+    names = {
         "model": model,
         "plain_model": tiny_llama(),
         "train_dataset": data,
         "eval_dataset": data,
         "labelled_dataset": Labelled(),
-        "text_dataset": Dataset.from_dict({"text": ["w3 w4 w5 w6 w7 w8 w9"] * 32}),
         "dataloader": torch.utils.data.DataLoader(data, batch_size=16),
         "args": arguments,
         "trainer": Trainer(model, arguments, train_dataset=data, callbacks=[LoQTTrainerCallback()]),
@@ -110,8 +108,15 @@ def names():
         "TrainingArguments": TrainingArguments,
         "get_peft_model": get_peft_model,
         "torch": torch,
+        "device": torch.device("cpu"),
         "loqt_peft": loqt_peft,
     }
+    # README needs it not, and runs where it is not installed
+    with contextlib.suppress(ImportError):
+        from datasets import Dataset
+
+        names["text_dataset"] = Dataset.from_dict({"text": ["w3 w4 w5 w6 w7 w8 w9"] * 32})
+    return names
 
 
 def check_the_end(space):
