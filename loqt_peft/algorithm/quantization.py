@@ -190,6 +190,23 @@ class FourBitFormat:
         )
         return codes, state
 
+    def as_bitsandbytes(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+        """The same codes and absmax as a `Params4bit` holds them, in memory of their own.
+
+        Args:
+            packed (`torch.Tensor`): uint8 `[nbytes]`.
+            dtype (`torch.dtype`): What the weight is to dequantize to.
+
+        Returns:
+            Codes, uint8 `[ceil(n / 2), 1]`, and their quantization state.
+        """
+        codes, state = self._quant_state(packed.clone(), dtype)
+        state.code = get_4bit_type(self.quant_type, device=packed.device)
+        state.absmax = state.absmax.clone()
+        if state.nested:
+            state.state2.absmax, state.offset = state.state2.absmax.clone(), state.offset.clone()
+        return codes.clone(), state
+
     def unpack(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dequantize to `[rows, columns]` in `dtype` (float32, bfloat16 or float16)."""
         codes, state = self._quant_state(packed, dtype)
