@@ -1,4 +1,5 @@
-# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make gpu`, `make test`, `make lint`.
+# Everything on a machine with Python 3.11 and nothing installed: `make demo`, `make glue`, `make compare`, `make gpu`, `make test`,
+# `make lint`, `make docs`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that spin while they wait slow each other down tenfold where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo glue compare gpu gpu-kit test lint types dist clean
+.PHONY: install demo glue compare gpu gpu-kit test lint types docs docs-check docs-serve docs-figures docs-screenshots dist clean
 
 install: $(STAMP)
 
@@ -53,6 +54,27 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The site, in docs/_build/html; it works without a server. Warnings and links within it that lead nowhere are errors.
+docs: $(STAMP)
+	$(BIN)/python docs/tables.py --check
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# The built site in Chromium, where it is installed.
+docs-check: docs
+	$(BIN)/python docs/check_in_browser.py $(CHECK_ARGS)
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
+# The pictures of README and site, and the tables that come from loqt_peft/advice.py.
+docs-figures: $(STAMP)
+	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/figures.py
+
+# What the commands print, as pictures.
+docs-screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py
+
 # A source distribution and a wheel that is built from it, checked as a package index checks them.
 dist: $(STAMP)
 	rm -rf dist
@@ -60,5 +82,5 @@ dist: $(STAMP)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .nox
+	rm -rf .venv docs/_build demo_output gpu_output gpu_kit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .nox
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,11 +1,13 @@
-"""The test suite with every set of versions: `nox`; with one: `nox -s lowest`; a part of it: `nox -s lowest -- -k schedule`.
+"""The test suite with every set of versions, and what is published: `nox`; one of them: `nox -s lowest`.
 
-A run of the whole suite writes its row of the table in docs/versions.md.
+A part of the suite: `nox -s lowest -- -k schedule`. A run of the whole suite writes its row of the table in docs/versions.md.
 """
 
 import datetime
 import json
 import os
+import shutil
+import tarfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -22,6 +24,17 @@ ASK_VERSIONS = (
     "import importlib.metadata as m, json, platform; "
     f"print(json.dumps([platform.python_version(), *map(m.version, {PACKAGES!r})]))"
 )
+# of the source distribution, with nothing but the wheel and pytest
+OF_THE_PACKAGE = [
+    "tests/test_quickstart.py",
+    "tests/test_config.py",
+    "tests/test_compat.py",
+    "tests/test_packaging.py",
+    "tests/algorithm/test_reference.py",
+    "tests/algorithm/test_schedule.py",
+    "tests/saving/test_adapter.py",
+    "tests/cli/test_doctor.py",
+]
 
 
 def count(junit: Path) -> tuple[int, int, int]:
@@ -85,3 +98,29 @@ def pinned(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """The newest releases of everything."""
     run_tests(session, "--upgrade", "--upgrade-strategy", "eager")
+
+
+@nox.session(python="3.12")
+def package(session: nox.Session) -> None:
+    """Wheel and source distribution, checked, and used as users get them: an empty environment, another folder."""
+    session.install("-c", "constraints.txt", "build", "twine")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    wheel, sdist = (str(next(Path("dist").glob(pattern)).resolve()) for pattern in ("*.whl", "*.tar.gz"))
+    session.run("twine", "check", "--strict", wheel, sdist)
+    versions = str(Path("versions", "gpu-machine.txt").resolve())
+    session.chdir(session.create_tmp())
+    shutil.rmtree("empty", ignore_errors=True)
+    session.run("python", "-m", "venv", "empty")
+    session.run("empty/bin/pip", "install", "-c", versions, wheel, external=True)
+    session.run("empty/bin/loqt", "--help", external=True)
+    session.run("empty/bin/loqt", "doctor", external=True)
+    session.run("empty/bin/pip", "install", "pytest", external=True)
+    shutil.rmtree("sdist", ignore_errors=True)
+    with tarfile.open(sdist) as archive:
+        archive.extractall("sdist", filter="data")
+    (root,) = Path("sdist").iterdir()
+    pytest = str(Path("empty", "bin", "pytest").absolute())
+    session.chdir(root)
+    # without the folder itself, in which lies the package too: the tests are for that of the wheel
+    session.run(pytest, "-o", "pythonpath=tests", *(session.posargs or OF_THE_PACKAGE), external=True)

@@ -15,36 +15,45 @@ if TYPE_CHECKING:
     from .findings import LoQTWarning
     from .memory import estimate_memory, plan_memory
     from .model import LoQTModel
+    from .packed_base.config import LoQTQuantizationConfig
+    from .packed_base.model import pack_model
     from .saving.checkpoints import get_last_checkpoint
     from .training.per_layer import per_layer, per_layer_optimizer
     from .training.performance import PerformanceCallback
+    from .training.sharding import prepare_model_for_fully_shard
 
 # public name -> the module that it is imported from when it is first asked for
 _MODULES = {
     "LoQTConfig": "config",
     "LoQTModel": "model",
+    "LoQTQuantizationConfig": "packed_base.config",
     "LoQTTrainerCallback": "callback",
     "LoQTWarning": "findings",
     "PerformanceCallback": "training.performance",
     "estimate_memory": "memory",
     "get_last_checkpoint": "saving.checkpoints",
+    "pack_model": "packed_base.model",
     "per_layer": "training.per_layer",
     "per_layer_optimizer": "training.per_layer",
     "plan_memory": "memory",
+    "prepare_model_for_fully_shard": "training.sharding",
 }
 
 __all__ = [
     "LoQTConfig",
     "LoQTModel",
+    "LoQTQuantizationConfig",
     "LoQTTrainerCallback",
     "LoQTWarning",
     "PerformanceCallback",
     "__version__",
     "estimate_memory",
     "get_last_checkpoint",
+    "pack_model",
     "per_layer",
     "per_layer_optimizer",
     "plan_memory",
+    "prepare_model_for_fully_shard",
 ]
 
 
@@ -77,7 +86,10 @@ def register() -> None:
     add_peft_type("LOQT")
     from .config import LoQTConfig
     from .model import LoQTModel
+    from .packed_base.quantizer import register as register_quantizer
     from .saving.model_card import describe_saved_adapter
+
+    register_quantizer()
 
     if describe_saved_adapter not in LoQTConfig.on_saved:
         LoQTConfig.on_saved.append(describe_saved_adapter)

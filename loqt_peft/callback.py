@@ -16,6 +16,8 @@ from .saving.model_card import keep_loqt_section, write_model_card
 from .training.distributed import tell_ddp
 from .training.figures import LoQTUpdate
 from .training.performance import PerformanceCallback, callback_handler
+from .training.sharding import prepare_model_for_fully_shard
+from .training.sharding_checks import engine_findings, is_fsdp
 from .training.update import begin_step, cancel_step, end_step
 
 
@@ -36,7 +38,7 @@ class LoQTTrainerCallback(PerformanceCallback):
             When training begins, with the reason and what to do instead: no LoQT adapter that trains, two of these
             callbacks, an optimizer that does not hold B, those of GaLore and APOLLO, one whose state cannot be treated as
             `optimizer_state` says (see [`loqt_peft.training.optimizer_state.optimizer_findings`]), `nn.DataParallel`,
-            DeepSpeed, FSDP, `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
+            DeepSpeed, `auto_find_batch_size`, or a per-layer optimizer with arguments that it does not allow.
     """
 
     def __init__(self) -> None:
@@ -44,8 +46,12 @@ class LoQTTrainerCallback(PerformanceCallback):
         self._update: LoQTUpdate | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        # when training begins, the Trainer has wrapped the model already
-        tell_ddp(model)
+        # when training begins, the Trainer has wrapped or sharded the model already
+        report_once(model, engine_findings(model, args))
+        if is_fsdp():
+            prepare_model_for_fully_shard(model, args.device)
+        else:
+            tell_ddp(model)
 
     def on_train_begin(
         self,
@@ -103,14 +109,9 @@ class LoQTTrainerCallback(PerformanceCallback):
         ranks = sorted({layer.r[adapter_name] for _, layer in layers})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(layer.out_features * layer.in_features for _, layer in layers)
-        others = sum(
-            p.numel() for n, p in model.named_parameters() if ".base_layer.weight" not in n and "loqt_B" not in n
-        )
         steps = layers[0][1].config[adapter_name].schedule.update_steps(state.max_steps, state.global_step)
         return (
-            f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters "
-            f"({100 * trainable / (weights + others):.1f}% of the base model's), "
+            f"LoQT: {len(layers)} layers, {rank}, {trainable:,} trainable parameters, "
             f"{len(steps)} updates to come in {state.max_steps - state.global_step} steps\n"
             f"LoQT: {weight_shares(model, adapter_name)}"
         )

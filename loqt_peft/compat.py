@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import bitsandbytes as bnb
@@ -19,10 +20,15 @@ from peft.utils import PeftType
 from torch import nn
 
 
+# torch 2.13 and 2.14 shard parameters of integers; 2.11 wants to differentiate by them, 2.6 takes one dtype in a block
+SHARDS_INTEGERS = torch.__version__ >= (2, 13)
+
 __all__ = [
+    "SHARDS_INTEGERS",
     "BufferDict",
     "add_peft_type",
     "calling_objects",
+    "group_timeout",
     "include_all_linear_layers",
     "is_in_backward",
     "kept_in_float32",
@@ -84,6 +90,11 @@ def calling_objects(kind: type) -> Iterator[tuple[Any, str, dict[str, Any]]]:
 def is_in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread (torch 2.6 to 2.13)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def group_timeout(group: Any, device: torch.device) -> timedelta:
+    """How long a process group waits for the others on a type of device (torch 2.6 to 2.13)."""
+    return group._get_backend(device).options._timeout
 
 
 def swap_hooks(one: nn.Module, other: nn.Module) -> None:

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ._moved import moved_names
+from .advice import AUTO_CONSTANT, CASES, DEFAULT_SCALE, PAPER
 from .algorithm.schedule import UpdateSchedule
 from .config_checks import check_fields
 from .findings import LoQTWarning
@@ -21,13 +22,6 @@ from .saving.seal import FORMAT_VERSION
 
 __getattr__ = moved_names(__name__)
 
-# rank, scale and compensation steps by model size
-PAPER = {
-    "60m": {"r": 128, "loqt_alpha": 0.4, "compensation_steps": 5},
-    "130m": {"r": 256, "loqt_alpha": 0.5, "compensation_steps": 5},
-    "350m": {"r": 256, "loqt_alpha": 0.5, "compensation_steps": 5},
-    "1b": {"r": 512, "loqt_alpha": 0.25, "compensation_steps": 10},
-}
 # twice the scale of the paper's GLUE runs, the largest that it names
 LARGEST_USUAL_SCALE = 4
 # names that the configs of other methods have for what LoQT calls otherwise, or does not have
@@ -72,10 +66,11 @@ class LoQTConfig(PeftConfig):
 
     r: int = field(default=64, metadata={"help": "Rank of P and B; clamped to min(in, out) of each layer."})
     loqt_alpha: float | Literal["auto"] = field(
-        default=0.5,
+        default=DEFAULT_SCALE,
         metadata={
-            "help": "The paper's scale s, used as is: not divided by r. 'auto': s = 16 / √(r·min(in, out)) for each layer, "
-            "which goes with a learning rate of 0.02 at every rank and width that was measured."
+            "help": "The paper's scale s, used as is: not divided by r. 'auto': "
+            f"s = {AUTO_CONSTANT} / √(r·min(in, out)) for each layer, which goes with a learning rate of "
+            f"{CASES['pretrain'].learning_rate:g} from scratch and {CASES['continue'].learning_rate:g} from a trained base."
         },
     )
     target_modules: list[str] | str | None = field(

@@ -29,14 +29,13 @@ from .layers.weight_shares import WeightShares, weight_shares
 from .saving.base_name import base_name_findings
 from .training.figures import SMALLEST_CHANGE_TO_ERROR
 from .training.optimizer_state import optimizer_findings
+from .training.sharding import unprepared_findings
+from .training.zero import has_parts, zero_stage_findings
 
 
 # whose versions a bug report needs
 PACKAGES = ("loqt_peft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "trl")
 REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed partitions or replicates B behind the model's back, so the values that an update "
-    "writes into it would be lost",
-    DistributedType.FSDP: "FSDP shards the parameters that an update reads and writes",
     DistributedType.MEGATRON_LM: "Megatron-LM splits the layers that an update reads and writes",
 }
 
@@ -98,9 +97,11 @@ def trainer_findings(
         )
     found = averaging_findings(callbacks) + _engine_findings(args)
     found += _argument_findings(args, layers, adapter_name)
+    found += unprepared_findings(layer for _, layer in layers)
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, layer in layers if id(layer.loqt_B[adapter_name]) not in held]
+        all_B = {name: layer.loqt_B[adapter_name] for name, layer in layers}
+        missing = [name for name, B in all_B.items() if id(B) not in held and not has_parts(B)]
         if missing:
             found += _error(
                 "optimizer_without_b",
@@ -127,7 +128,7 @@ def _engine_findings(args: TrainingArguments) -> list[Finding]:
             f"{distributed_type.value} is not supported: {REFUSED[distributed_type]}.",
             "Use DDP.",
         )
-    return found
+    return found + zero_stage_findings(AcceleratorState().deepspeed_plugin)
 
 
 def _argument_findings(

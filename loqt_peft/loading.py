@@ -10,9 +10,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import LoQTConfig
+from .dtensor import is_sharded_tensor
 from .findings import Finding, LoQTWarning, report
-from .layers.find import loqt_layers
-from .layers.full_rank import FSDP_PREFIX, names_outside_layers
+from .layers.find import loqt_layers, state_dict_name
+from .layers.full_rank import names_outside_layers
 from .layers.layer import LoQTLayer
 from .saving.seal import ERROR, TENSORS, canonical
 from .saving.verify import verify_adapter
@@ -24,9 +25,21 @@ _LOQT_PART = ".loqt_"
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoQTLayer]:
     """The layers of an adapter, by their names in the state dict."""
-    return {
-        name.removeprefix(FSDP_PREFIX): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B
-    }
+    return {state_dict_name(name): layer for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
+
+
+def layer_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Key in a checkpoint -> name in the model's state dict, of all that an adapter's layers may hold.
+
+    PEFT finds them by the names of modules, and so none within activation checkpointing's wrappers.
+    """
+    keys = {}
+    for name in layers_of(model, adapter_name):
+        for part in (*TENSORS, ERROR, "loqt_seal"):
+            keys[f"{name}.{part}"] = f"{name}.{part}.{adapter_name}"
+            # where the layers were added without a PeftModel, the model's names lack the prefix of the checkpoint's
+            keys.setdefault(f"base_model.model.{name}.{part}", f"{name}.{part}.{adapter_name}")
+    return keys
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,6 +98,7 @@ def make_room(
         `dict[str, torch.Tensor]`: What is to be loaded: the checkpoint with zeros for its seals, which have served.
     """
     layers = layers_of(model, adapter_name)
+    report(sharded_findings(layers, state_dict))
     # PEFT maps only keys that the model has a slot for
     state_dict = dict(state_dict)
     updates = [0]
@@ -97,6 +111,23 @@ def make_room(
         state_dict[f"{prefix}.loqt_seal"] = torch.zeros_like(state_dict[f"{prefix}.loqt_seal"])
     config.num_updates = max(updates)
     return state_dict
+
+
+def sharded_findings(layers: dict[str, LoQTLayer], state_dict: dict[str, torch.Tensor]) -> list[Finding]:
+    """Whether whole tensors are to be loaded into layers of which each process holds a part."""
+    sharded = any(is_sharded_tensor(layer.loqt_B[name]) for layer in layers.values() for name in layer.loqt_B)
+    if not sharded or any(map(is_sharded_tensor, state_dict.values())):
+        return []
+    return [
+        Finding(
+            "error",
+            "whole_into_sharded",
+            "An adapter cannot be loaded into a model that FSDP2 has sharded, as when the Trainer resumes from a checkpoint "
+            "that was saved without FSDP.",
+            "Load it before the Trainer is made (`PeftModel.from_pretrained(..., is_trainable=True)`), or resume from a "
+            "checkpoint of FSDP2.",
+        )
+    ]
 
 
 def copy_or_await(model: nn.Module, config: LoQTConfig, adapter_name: str, source: str | None) -> None:

@@ -26,10 +26,12 @@ from .layers.find import loqt_layers
 from .layers.full_rank import full_rank_parameters, names_outside_layers
 from .layers.layer import LoQTLayer
 from .layers.linear import Linear
+from .layers.read_linear import ReadLinear, is_read_or_called
+from .layers.shared_blocks import join_shared_blocks
 from .layers.target_checks import TargetChecks
 from .layers.target_modules import TARGET_MODULES_MAPPING, without_unfit
 from .layers.weight_shares import weight_shares
-from .loading import copy_or_await, layers_of, make_room, tie_weights_after_load, verify
+from .loading import copy_or_await, layer_keys, layers_of, make_room, tie_weights_after_load, verify
 from .saving.base_name import report_base_name
 from .saving.seal import seal_adapter
 from .training.distributed import ignored_by_ddp
@@ -145,7 +147,8 @@ class LoQTModel(BaseTuner):
         if current_key not in self._checked_targets:
             # PEFT goes by the names in a state dict rather than by the config, if it gets one
             report(TargetChecks(self.model).findings([current_key]))
-        new_module = Linear(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
+        kind = ReadLinear if is_read_or_called(parent, target_name) else Linear
+        new_module = kind(target, adapter_name, r, scaling, loqt_config, seed=zlib.crc32(current_key.encode()))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -198,6 +201,7 @@ class LoQTModel(BaseTuner):
         if config.full_rank_modules == "all":
             # all rows of all embeddings are trained; TRL asks for those of new tokens by itself
             config.trainable_token_indices = None
+        join_shared_blocks(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.inference_mode:
             report(weight_shares(model, adapter_name).findings())
@@ -225,7 +229,8 @@ class LoQTModel(BaseTuner):
         record_updates(model, adapter_name)
         report_base_name(model)
         adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        adapter.update({name: state_dict[name] for name in full_rank_parameters(model, config) if name in state_dict})
+        held = [*layer_keys(model, adapter_name).values(), *full_rank_parameters(model, config)]
+        adapter.update({name: state_dict[name] for name in held if name in state_dict})
         rest = {key: state_dict[name] for key, name in names_outside_layers(model, config, adapter_name).items()}
         adapter.update(seal_adapter(layers, rest, adapter_name, adapter))
         report(saving_findings(model, adapter_name), stacklevel=3)
@@ -237,7 +242,9 @@ class LoQTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         verify(model, config, adapter_name, state_dict)
         state_dict = make_room(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        keys = layer_keys(model, adapter_name)
+        return {keys.get(key, key): tensor for key, tensor in state_dict.items()}
 
     ###############################
     # Life cycle
@@ -333,4 +340,7 @@ class LoQTModel(BaseTuner):
                 were dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
+        for _, layer in loqt_layers(self.model):
+            if layer.base.is_sharded:
+                layer.base.require("Exporting the adapter")
         return export(self, output_dir, to, rank, dtype, overwrite, progressbar, base_name)

@@ -7,6 +7,7 @@ from transformers.integrations import peft as transformers_peft
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often the test of killed training kills")
+    parser.addoption("--wide", action="store_true", help="also the tests with more processes than the others")
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +25,9 @@ def without_bits_of_earlier_optimizers():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def wide(request):
+    if not request.config.getoption("--wide"):
+        pytest.skip("takes --wide")

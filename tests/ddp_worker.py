@@ -6,14 +6,13 @@ import sys
 import types
 
 import torch
-import torch.distributed as dist
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama
 from peft import get_peft_model
 from safetensors.torch import save_file
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.layers.find import loqt_layers
-from loqt_peft.training import performance
+from loqt_peft.training import distributed, performance, switching
 
 
 def main(output_dir, batch_size, accumulation, update_mode, projection):
@@ -26,27 +25,22 @@ def main(output_dir, batch_size, accumulation, update_mode, projection):
         error_feedback=True,
     )
     model = get_peft_model(tiny_llama(), config)
+    names = {layer: name for name, layer in loqt_layers(model)}
     gradients = {}
 
-    class KeepGradients(LoQTTrainerCallback):
-        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 0:
-                for name, layer in loqt_layers(model):
-                    if layer.capture.gradient is None:
-                        continue
-                    gradient = layer.capture.gradient.clone()
-                    if dist.is_initialized():
-                        dist.all_reduce(gradient)
-                        gradient /= dist.get_world_size()
-                    gradients[f"gradient.{name}"] = gradient
-            return super().on_optimizer_step(args, state, control, model=model, **kwargs)
+    def project_gradient(layer, adapter_name, gradient):
+        # by the owner of the layer only
+        if trainer.state.global_step == 0:
+            gradients[f"gradient.{names[layer]}"] = gradient.clone()
+        return switching.project_gradient(layer, adapter_name, gradient)
 
+    distributed.project_gradient = project_gradient
     # a clock that goes by a second a look
     performance.time = types.SimpleNamespace(perf_counter=itertools.count().__next__)
     trainer = make_trainer(
         model,
         output_dir,
-        [KeepGradients()],
+        [LoQTTrainerCallback()],
         dataset=TokenDataset(size=64),
         max_steps=5,
         logging_steps=5,

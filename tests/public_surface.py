@@ -1,17 +1,19 @@
 """The public names as users' code uses them. Nobody runs this: `make types` checks that the annotations say what is true."""
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from typing_extensions import assert_type
 
 import loqt_peft
 from loqt_peft import (
     LoQTConfig,
     LoQTModel,
+    LoQTQuantizationConfig,
     LoQTTrainerCallback,
     PerformanceCallback,
     estimate_memory,
     get_last_checkpoint,
+    pack_model,
     per_layer,
     per_layer_optimizer,
     plan_memory,
@@ -75,3 +77,8 @@ def memory() -> None:
     assert_type(estimate.fits, bool | None)
     assert_type(plan_memory("config.json", 16 * 2**30), MemoryPlan)
     assert_type(loqt_peft.__version__, str)
+
+
+def pack(model: PreTrainedModel) -> None:
+    config = LoQTQuantizationConfig("fp4", double_quant=True, modules_to_not_convert=["k_proj"])
+    assert_type(pack_model(model, "cuda", config), PreTrainedModel)

@@ -1,13 +1,19 @@
 """The private parts of other packages that we lean on still are what they were."""
 
+from datetime import timedelta
+
 import bitsandbytes as bnb
 import torch
+import torch.distributed as dist
 from common import tiny_llama
 from peft import LoraConfig
 from peft.utils import PeftType
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from loqt_peft import compat
+from loqt_peft.layers.sharded import ShardableBuffers
 
 
 def test_a_method_of_peft_can_be_looked_up_in_every_way():
@@ -73,6 +79,24 @@ def test_all_hooks_change_places_and_their_handles_work():
     assert calls == ["forward"]
 
 
+def test_fully_shard_takes_buffers_that_answer_for_parameters(tmp_path):
+    buffers = ShardableBuffers({}, persistent=True)
+    buffers["default"] = torch.arange(4, dtype=torch.uint8 if compat.SHARDS_INTEGERS else torch.float32)
+    module = nn.Module()
+    module.held, module.trained = buffers, nn.Parameter(torch.zeros(4))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(module)
+        part = buffers["default"]
+        assert isinstance(part, DTensor) and not part.requires_grad
+        assert [name for name, _ in module.named_parameters()] == ["trained"] and "held.default" in module.state_dict()
+        # a whole tensor goes into the part
+        buffers["default"] = torch.zeros(4, dtype=part.dtype)
+        assert buffers["default"] is part and not part.to_local().any()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_views_share_the_key_of_their_storage():
     for device in ("cpu", "meta"):
         tensor = torch.empty(4, device=device)
@@ -87,8 +111,20 @@ def test_modules_in_float32_are_named():
     assert compat.kept_in_float32(model) == ["norm"]
 
 
-def test_four_bit_weights_are_packed_for_the_processor_and_back():
+def test_four_bit_weights_are_packed_for_the_processor_and_back(monkeypatch):
+    # its table of levels is made where the first weight lies, and here it would have no values
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})
     weight = bnb.nn.Params4bit(torch.empty(64, 64, device="meta"), requires_grad=False, quant_type="nf4")
     quantized = compat.quantize_now(weight, torch.device("meta"))
     assert quantized.dtype == torch.uint8 and quantized.quant_state.shape == torch.Size([64, 64])
     assert callable(bnb.functional._convert_weight_packed_for_cpu_inverse)
+
+
+def test_a_group_tells_its_timeout(tmp_path):
+    timeout = timedelta(seconds=77)
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        assert compat.group_timeout(dist.group.WORLD, torch.device("cpu")) == timeout
+    finally:
+        dist.destroy_process_group()

@@ -10,11 +10,11 @@ from common import ROOT
 PACKAGE = ROOT / "loqt_peft"
 # rooms from the ground up; a file of the package itself is a room by its name
 FLOORS = [
-    {"_version", "_moved", "choices", "findings", "requirements", "compat"},
+    {"_version", "_moved", "advice", "choices", "patience", "findings", "requirements", "compat", "dtensor"},
     {"algorithm"},
     {"saving", "config", "config_checks"},
     {"layers"},
-    {"training", "export", "memory", "loading"},
+    {"training", "export", "memory", "loading", "packed_base", "plots"},
     {"health"},
     {"model", "callback"},
     {"__init__"},

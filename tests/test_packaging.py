@@ -47,7 +47,7 @@ def test_pythons_are_the_same_everywhere(metadata):
     lowest = metadata["options"]["python_requires"].removeprefix(">=")
     pythons = re.findall(r"Python :: (3\.\d+)", metadata["metadata"]["classifiers"])
     sessions = re.findall(r'python="(3\.\d+)"', (ROOT / "noxfile.py").read_text(encoding="utf-8"))
-    assert pythons[0] == lowest and sorted(sessions) == sorted(pythons)
+    assert pythons[0] == lowest and set(sessions) == set(pythons)
     target = f'target-version = "py{lowest.replace(".", "")}"'
     assert target in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")

@@ -16,9 +16,20 @@ from .results import Recorder
 from .settings import ROOT
 
 
-DEVICE_TESTS = "tests/gpu/test_gpu_correctness.py"
-# what a change of versions breaks first; seconds each
-SHORT_SUITE = ("config", "schedule", "functional", "matrices", "capture", "reference", "optim", "trainer")
+DEVICE_TESTS = ["tests/gpu/test_gpu_correctness.py", "tests/gpu/test_cuda.py"]
+# what a change of versions breaks first, and needs no package that such a machine lacks; seconds each
+SHORT_SUITE = (
+    "tests/test_config.py",
+    "tests/algorithm/test_schedule.py",
+    "tests/test_compat.py",
+    "tests/algorithm/test_linear_map.py",
+    "tests/algorithm/test_matrices.py",
+    "tests/algorithm/test_reference.py",
+    "tests/layers/test_capture.py",
+    "tests/saving/test_adapter.py",
+    "tests/training/test_per_layer.py",
+    "tests/training/test_trainer.py",
+)
 
 
 def run_tests(arguments: list[str], **environment: str) -> dict[str, Counter]:
@@ -59,16 +70,15 @@ def _report(recorder: Recorder, outcomes: dict[str, Counter]) -> None:
 
 
 def operations(recorder: Recorder) -> None:
-    _report(recorder, run_tests([DEVICE_TESTS, "-k", "not late"], LOQT_TEST_DEVICE=recorder.settings.device.type))
+    _report(recorder, run_tests([*DEVICE_TESTS, "-k", "not late"], LOQT_TEST_DEVICE=recorder.settings.device.type))
 
 
 def late_copy(recorder: Recorder) -> None:
-    _report(recorder, run_tests([DEVICE_TESTS, "-k", "late"], LOQT_TEST_DEVICE=recorder.settings.device.type))
+    _report(recorder, run_tests([*DEVICE_TESTS, "-k", "late"], LOQT_TEST_DEVICE=recorder.settings.device.type))
 
 
 def suite(recorder: Recorder) -> None:
-    names = recorder.settings.pick(SHORT_SUITE, SHORT_SUITE[:2])
-    arguments = [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in names]
+    arguments = list(recorder.settings.pick(SHORT_SUITE, SHORT_SUITE[:2]))
     if find_spec("xdist") and not recorder.settings.tiny:
         arguments += ["-n", "8"]
     outcomes = run_tests(arguments, CUDA_VISIBLE_DEVICES="")

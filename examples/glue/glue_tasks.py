@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from loqt_peft.advice import CASES, PAPER_GLUE
+
 
 @dataclass(frozen=True)
 class Task:
@@ -12,7 +14,6 @@ class Task:
         sentence_keys (`tuple[str, ...]`): The columns of text.
         labels (`tuple[str, ...]`): In the order of their numbers; empty for a regression.
         score (`str`): The metric that a table of results shows.
-        learning_rate (`float`), num_train_epochs (`int`): The paper's, for LoQT.
         validation_splits, test_splits (`tuple[str, ...]`): The first one is the main one.
     """
 
@@ -20,10 +21,18 @@ class Task:
     sentence_keys: tuple[str, ...]
     labels: tuple[str, ...]
     score: str
-    learning_rate: float
-    num_train_epochs: int
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
+
+    @property
+    def learning_rate(self) -> float:
+        """The paper's, for LoQT."""
+        return PAPER_GLUE[self.name][0]
+
+    @property
+    def num_train_epochs(self) -> int:
+        """The paper's, for LoQT."""
+        return PAPER_GLUE[self.name][1]
 
     @property
     def is_regression(self) -> bool:
@@ -33,30 +42,31 @@ class Task:
 METHODS = ("loqt", "loqt-nq", "lora", "loftq", "galore", "full")
 PRESETS = ("paper", "small")
 # found with MiniLM (22.7M parameters) on CoLA: README.md
-SMALL = {"learning_rate": 2e-4, "projection": "random"}
+SMALL = {
+    "learning_rate": CASES["small_encoder"].learning_rate,
+    "projection": CASES["small_encoder"].fields["projection"],
+}
 
 _ENTAILMENT = ("entailment", "not_entailment")
 
 TASKS = {
     task.name: task
     for task in (
-        Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation", 8e-5, 20),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
         Task(
             "mnli",
             ("premise", "hypothesis"),
             ("entailment", "neutral", "contradiction"),
             "accuracy",
-            1e-4,
-            5,
             ("validation_matched", "validation_mismatched"),
             ("test_matched", "test_mismatched"),
         ),
-        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", 1e-4, 60),
-        Task("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy", 5e-5, 10),
-        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", 5e-5, 10),
-        Task("rte", ("sentence1", "sentence2"), _ENTAILMENT, "accuracy", 5e-5, 20),
-        Task("sst2", ("sentence",), ("negative", "positive"), "accuracy", 5e-5, 10),
-        Task("stsb", ("sentence1", "sentence2"), (), "pearson", 1e-4, 60),
+        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy"),
+        Task("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy"),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy"),
+        Task("rte", ("sentence1", "sentence2"), _ENTAILMENT, "accuracy"),
+        Task("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
+        Task("stsb", ("sentence1", "sentence2"), (), "pearson"),
     )
 }
 

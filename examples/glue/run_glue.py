@@ -41,6 +41,7 @@ from transformers import (
 from transformers.utils import is_galore_torch_available
 
 from loqt_peft import LoQTTrainerCallback, PerformanceCallback, per_layer_optimizer
+from loqt_peft.advice import CASES
 from loqt_peft.layers.target_modules import TARGET_MODULES_MAPPING
 
 
@@ -60,6 +61,7 @@ from script_utils import (
 )
 
 
+GLUE = CASES["large_encoder"]
 logger = logging.getLogger(__name__)
 
 FILE_LOADERS = {"json": "json", "jsonl": "json", "csv": "csv"}
@@ -130,10 +132,14 @@ class MethodArguments(LoQTArguments):
         },
     )
     rank: int = field(default=32, metadata={"help": "Rank of P and B, of LoRA and of GaLore."})
-    loqt_alpha: float = field(default=2.0, metadata={"help": "The scale s, used as is: not divided by the rank."})
-    update_interval: int = field(default=2400, metadata={"help": "Optimizer steps between updates (GaLore: of P)."})
+    loqt_alpha: float = field(
+        default=GLUE.scale, metadata={"help": "The scale s, used as is: not divided by the rank."}
+    )
+    update_interval: int = field(
+        default=GLUE.fields["update_interval"], metadata={"help": "Optimizer steps between updates (GaLore: of P)."}
+    )
     interval_schedule: Literal["exponential", "linear", "constant"] = field(
-        default="constant", metadata={"help": "Whether the gaps between updates grow."}
+        default=GLUE.fields["interval_schedule"], metadata={"help": "Whether the gaps between updates grow."}
     )
     full_rank_modules: list[str] = field(
         default_factory=lambda: ["none"],

@@ -8,8 +8,14 @@ The tokenizer, both models, `results.md` and `loss.png` go to `demo_output/`.
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
+
+
+# before transformers is imported, which says much on its own
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+print("loqt_peft: a small LLaMA is pretrained twice, with LoQT in 4 bits and at full rank", flush=True)
 
 import matplotlib
 import torch
@@ -22,13 +28,23 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Tr
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from loqt_peft.advice import CASES
+from loqt_peft.plots import GREY, colour, name_lines, save, style
+
 
 DATA = Path(__file__).parent / "data"
 VOCABULARY, HIDDEN, LAYERS, BLOCK, BATCH = 1024, 128, 3, 128, 8
 SEED = 0
 PROMPT = "My fellow Americans,"
+# the paper's settings: a quarter of the hidden size
+PAPER = CASES["paper"]
+# with fewer updates than these a rate that is higher at first decides
+FEWEST_UPDATES = 5
 METHODS = {
-    "LoQT": ["--method", "loqt", "--rank", str(HIDDEN // 4), "--loqt_alpha", "0.5", "--learning_rate", "0.01"],
+    "LoQT": [
+        *("--method", "loqt", "--rank", str(HIDDEN // 4)),
+        *("--loqt_alpha", str(PAPER.scale), "--learning_rate", str(PAPER.learning_rate)),
+    ],
     "full rank": ["--method", "full", "--learning_rate", "0.002"],
 }
 
@@ -143,23 +159,36 @@ Counted on an ordinary step. LoQT keeps another {retained:.2f} MB on the host, w
 weights (`retain_base`), of which its adapter is a change. On an update step it also holds the gradient of one layer at
 a time."""
     )
+    rows += [f"\n{warning}" for warning in [too_short(results)] if warning]
     return "\n".join(rows)
 
 
+def too_short(results: dict[str, dict]) -> str:
+    """A sentence if the run says nothing of the two methods yet, else an empty one."""
+    updates = len(update_logs(results["LoQT"]))
+    steps = max(entry["step"] for entry in results["LoQT"]["history"])
+    if updates > FEWEST_UPDATES and steps >= 500:
+        return ""
+    return (
+        f"**Too short to compare**: {steps} steps with {updates} updates show that everything runs, and not which method is "
+        "better. `make demo` takes 640 steps."
+    )
+
+
 def plot(results: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, entry in enumerate(update_logs(results["LoQT"])):
-        axes.axvline(entry["step"], color="0.75", linewidth=0.8, linestyle="--", label=None if i else "LoQT update")
-    for name, result in results.items():
-        points = [(entry["step"], entry["loss"]) for entry in result["history"] if "loss" in entry]
-        label = f"{name} (validation perplexity {result['metrics']['perplexity']:.1f})"
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
-    axes.set_xlabel(f"optimizer step ({BATCH * BLOCK} tokens each)")
-    axes.set_ylabel("training loss (nats per token)")
-    axes.set_title("LLaMA pretrained from scratch on State of the Union addresses")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style(white=True):
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        for entry in update_logs(results["LoQT"]):
+            axes.axvline(entry["step"], color=GREY[0], linewidth=0.8, linestyle="--")
+        for name, result in results.items():
+            points = [(entry["step"], entry["loss"]) for entry in result["history"] if "loss" in entry]
+            label = f"{name}\n(perplexity {result['metrics']['perplexity']:.1f})"
+            axes.plot(*zip(*points, strict=True), color=colour(name), label=label, linewidth=1.5)
+        axes.set_xlabel(f"optimizer step ({BATCH * BLOCK} tokens each); dashed: updates of LoQT")
+        axes.set_ylabel("training loss (nats per token)")
+        axes.set_title("LLaMA pretrained from scratch on State of the Union addresses")
+        name_lines(axes)
+        save(figure, path)
 
 
 def sample(folder: Path) -> str:
@@ -200,7 +229,17 @@ def main() -> None:
     (output / "results.md").write_text(text + "\n")
     plot(results, output / "loss.png")
     print(f"\n{text}\n\nLoss curves: {output / 'loss.png'}\nTensorBoard: tensorboard --logdir {output}")
-    print(f"\nA sample of the saved LoQT model, loaded afresh:\n\n{sample(output / 'LoQT')}")
+    adapter = output / "LoQT"
+    print(f"\nA sample of the saved LoQT model, loaded afresh:\n\n{sample(adapter)}")
+    print(
+        f"""
+What next:
+  load it     import loqt_peft; AutoPeftModelForCausalLM.from_pretrained("{adapter}")
+  look at it  loqt doctor {adapter}
+  export it   loqt export {adapter} plain --to dense
+  push it     model.push_to_hub("me/my-model")
+  your text   python examples/from_scratch.py MY_TEXT.txt"""
+    )
 
 
 if __name__ == "__main__":

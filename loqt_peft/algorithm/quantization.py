@@ -134,6 +134,30 @@ class FourBitFormat:
         return packed[offset : offset + size]
 
     @property
+    def blocksize(self) -> int:
+        """Elements that share an absmax."""
+        return BLOCKSIZE
+
+    def parts(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Copies of a packed matrix's parts: uint8 codes; the absmax, float32, or uint8 with `nested_absmax` and `offset`."""
+        dtypes = {"codes": torch.uint8, "absmax": torch.uint8 if self.double_quant else torch.float32}
+        parts = {n: self._part(packed, n).clone().view(dtypes.get(n, torch.float32)) for n in self._parts}
+        if self.double_quant:
+            parts["offset"] = parts["offset"][0]
+        return parts
+
+    def nested_state(self, nested_absmax: torch.Tensor | None) -> QuantState | None:
+        """bitsandbytes' state of an absmax that is quantized itself, from that one's own absmax; `None` if it is not."""
+        if not self.double_quant:
+            return None
+        return QuantState(
+            absmax=nested_absmax,
+            code=_dynamic_map(nested_absmax.device),
+            blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+
+    @property
     def is_lossless(self) -> bool:
         """Whether a float32 matrix comes back as it was."""
         return False
@@ -170,12 +194,7 @@ class FourBitFormat:
         absmax = self._part(packed, "absmax")
         state2, offset = None, None
         if self.double_quant:
-            state2 = QuantState(
-                absmax=self._part(packed, "nested_absmax").view(torch.float32),
-                code=_dynamic_map(packed.device),
-                blocksize=NESTED_BLOCKSIZE,
-                dtype=torch.float32,
-            )
+            state2 = self.nested_state(self._part(packed, "nested_absmax").view(torch.float32))
             offset = self._part(packed, "offset").view(torch.float32)[0]
         else:
             absmax = absmax.view(torch.float32)
@@ -189,23 +208,6 @@ class FourBitFormat:
             state2=state2,
         )
         return codes, state
-
-    def as_bitsandbytes(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
-        """The same codes and absmax as a `Params4bit` holds them, in memory of their own.
-
-        Args:
-            packed (`torch.Tensor`): uint8 `[nbytes]`.
-            dtype (`torch.dtype`): What the weight is to dequantize to.
-
-        Returns:
-            Codes, uint8 `[ceil(n / 2), 1]`, and their quantization state.
-        """
-        codes, state = self._quant_state(packed.clone(), dtype)
-        state.code = get_4bit_type(self.quant_type, device=packed.device)
-        state.absmax = state.absmax.clone()
-        if state.nested:
-            state.state2.absmax, state.offset = state.state2.absmax.clone(), state.offset.clone()
-        return codes.clone(), state
 
     def unpack(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dequantize to `[rows, columns]` in `dtype` (float32, bfloat16 or float16)."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GB = 10**9
 # options of the command line that are fields of MemoryOptions
 FIELDS = tuple(MemoryOptions.__dataclass_fields__)
+# of a plan
+SEARCHED = ("rank", "batch_size", "optimizer", "double_quant", "per_layer", "gradient_checkpointing")
 
 
 def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
@@ -70,6 +72,12 @@ def add_estimate_parser(commands: argparse._SubParsersAction) -> None:
         "--plan", action="store_true", default=False, help="what fits --gpu: search rank, batch and options not given"
     )
     parser.add_argument("--json", action="store_true", default=False)
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        default=None,
+        help="draw the phases, or of a plan its first setting's; .svg, .png or .pdf",
+    )
     parser.set_defaults(run=estimate_command)
 
 
@@ -92,6 +100,14 @@ def estimate_command(options: argparse.Namespace) -> None:
         result = estimate_memory(options.model, budget=options.gpu, **how, **chosen)
         text = estimate_text
     print(json.dumps(result.to_dict(), indent=2) if options.json else text(result))
+    if options.plot is not None:
+        from ..plots import plot_estimate
+
+        plot_estimate(_first(result) if options.plan else result, options.plot)
+
+
+def _first(plan: MemoryPlan) -> MemoryEstimate:
+    return plan.fitting[0] if plan.fitting else plan.smallest
 
 
 def _gb(size: int) -> str:
@@ -154,7 +170,6 @@ def estimate_text(estimate: MemoryEstimate) -> str:
 
 def plan_text(plan: MemoryPlan) -> str:
     """The settings that fit, the preferred one first."""
-    searched = ("rank", "batch_size", "optimizer", "double_quant", "per_layer", "gradient_checkpointing")
     if not plan.fitting:
         least = plan.smallest
         return (
@@ -163,5 +178,18 @@ def plan_text(plan: MemoryPlan) -> str:
         )
     lines = [f"{plan.fitting[0].model}: what fits {_gb(plan.budget)} GB, predicted; {_margin()}", ""]
     for estimate in plan.fitting:
-        lines.append(f"  {_gb(estimate.required):>7} GB  {_settings(estimate, searched)}  ({estimate.source})")
-    return "\n".join(lines)
+        lines.append(f"  {_gb(estimate.required):>7} GB  {_settings(estimate, SEARCHED)}  ({estimate.source})")
+    return "\n".join([*lines, "", *_recommendation(plan)])
+
+
+def _recommendation(plan: MemoryPlan) -> list[str]:
+    """The plan's first setting, as the command that predicts it and the code that trains so."""
+    from ..memory.recommend import command, training_code
+
+    best = plan.fitting[0]
+    budget = f"{plan.budget / 1024**3:g}GiB"
+    lines = [f"Recommended, the largest rank at the least cost: {_settings(best, SEARCHED)}", ""]
+    lines.append(f"  {command(best.model, best.options, budget)}")
+    if best.options.trains_loqt:
+        lines += ["", *(f"  {line}" for line in training_code(best.options).splitlines())]
+    return lines

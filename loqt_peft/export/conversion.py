@@ -9,11 +9,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.find import loqt_layers
 from ..layers.layer import LoQTLayer
+from ..patience import patiently
 from .report import Errors
 
 
@@ -44,7 +44,7 @@ def convert_layers(
     """
     model, errors = tuner.model, Errors()
     # names only: a layer is freed once it is replaced
-    for name in tqdm([n for n, _ in loqt_layers(model)], desc="Converting layers", disable=not progressbar):
+    for name in patiently([n for n, _ in loqt_layers(model)], "Converting layers", at_once=progressbar):
         layer = model.get_submodule(name)
         base_layer = layer.get_base_layer()
         if adapter_name not in layer.loqt_B:

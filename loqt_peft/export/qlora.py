@@ -17,9 +17,10 @@ from ..algorithm.quantization import FourBitFormat
 from ..choices import QUANT_TYPES
 from ..layers.base_weight import dense_layer
 from ..layers.find import loqt_layers
+from ..layers.four_bit import declare_four_bit, empty_four_bit_layer, packed_weight
 from ..layers.layer import LoQTLayer
 from .conversion import cast, convert_layers
-from .four_bit import linear_4bit, say_4bit, weight_dtype
+from .four_bit import base_dtype
 from .lora import PEFT_PREFIX
 from .report import Errors
 
@@ -75,7 +76,7 @@ def to_qlora(
     """
     model, config = tuner.model, tuner.peft_config[adapter_name]
     quant_type = config.quantize_weight or QUANT_TYPES[0]
-    compute_dtype = dtype or weight_dtype(model, adapter_name)
+    compute_dtype = dtype or base_dtype(model, adapter_name)
     lora = lora_config(tuner, adapter_name)
     factors, scales, state = {}, {}, {}
     for name, layer in loqt_layers(model):
@@ -91,8 +92,12 @@ def to_qlora(
         storage, packed = layer.weight_format(adapter_name), layer.loqt_weight[adapter_name]
         if not isinstance(storage, FourBitFormat):
             return dense_layer(layer.get_base_layer(), storage.unpack(packed), dtype or packed.dtype)
-        codes, quant_state = storage.as_bitsandbytes(packed, dtype or layer.weight_dtype)
-        return linear_4bit(layer, codes, compute_dtype, quant_type, config.double_quant, quant_state)
+        base_layer = layer.get_base_layer()
+        converted = empty_four_bit_layer(
+            base_layer, layer.shape, compute_dtype, storage.quant_type, storage.double_quant
+        )
+        converted.weight = packed_weight(converted, storage, packed, dtype or layer.weight_dtype)
+        return converted
 
     def change(name: str) -> torch.Tensor:
         A, B = factors[name]
@@ -102,7 +107,7 @@ def to_qlora(
     if dtype is not None:
         cast(model, dtype)
     if any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()):
-        say_4bit(model, compute_dtype, quant_type, config.double_quant)
+        declare_four_bit(model, quant_type, config.double_quant, compute_dtype)
     elif getattr(model, "hf_quantizer", None) is not None:
         # with quantize_weight=None no layer of a 4-bit base is in 4 bits any more
         model.hf_quantizer.remove_quantization_config(model)

@@ -56,7 +56,10 @@ class BaseWeight:
         backend: PEFT's functions for a quantized weight; `None` for a dense one.
         transposed (`bool`): Whether it is stored as `[in, out]`, as in a `Conv1D`.
         dropped (`bool`): Whether it is gone for good.
+        is_sharded (`bool`): Whether each process has a part of it only.
     """
+
+    is_sharded = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.layer = base_layer

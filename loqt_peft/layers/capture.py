@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -75,12 +76,23 @@ def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(tensor.sum())
 
 
+class Reduction(Protocol):
+    """What sums the gradients of several processes; see [`~loqt_peft.training.reduction.GradientReduction`]."""
+
+    def hand_over(self, capture: GradientCapture, gradient: torch.Tensor) -> None:
+        """Take the gradient of a layer of which a backward pass is done; it is used up."""
+
+    def finish(self) -> None:
+        """After the last backward pass, [`put`][GradientCapture.put] the sums."""
+
+
 class GradientCapture:
     """What one layer records of its gradient on an update step.
 
     Attributes:
         adapter_name (`str`, *optional*): Of the adapter that an update of this layer is due of; `None` if none is.
         work (`tuple[torch.device, Stretch]`, *optional*): What it took to make P within the backward pass, and where.
+        reduction ([`Reduction`], *optional*): In several processes, what takes the gradient of each backward pass away.
     """
 
     def __init__(self) -> None:
@@ -97,6 +109,7 @@ class GradientCapture:
         self._gradient_is_finite: torch.Tensor | None = None
         self._projected: NewProjection | None = None
         self.work: tuple[torch.device, Stretch] | None = None
+        self.reduction: Reduction | None = None
 
     def start(
         self,
@@ -104,6 +117,7 @@ class GradientCapture:
         project: Callable[[torch.Tensor], NewProjection] | None,
         offload: bool = False,
         is_last_backward: Callable[[], bool] | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         """An update follows this step: record dL/dW from now on, in the backward passes of the layer, if P is made from it.
 
@@ -120,6 +134,7 @@ class GradientCapture:
             is_last_backward (`Callable`, *optional*):
                 Asked within a backward pass whether it is the step's last. In the last one P is computed as soon as the
                 gradient is complete, and the gradient is freed. `None`: the gradient is kept.
+            reduction ([`Reduction`], *optional*): In several processes. Not beside `is_last_backward`.
         """
         self.stop()
         if _recording.get(self._number, self) is not self:
@@ -128,6 +143,7 @@ class GradientCapture:
         _recording[self._number] = self
         self.adapter_name, self._project = adapter_name, project
         self._offload, self._is_last_backward = offload, is_last_backward
+        self.reduction = reduction
 
     def stop(self) -> tuple[torch.Tensor | None, NewProjection | None]:
         """Stop recording and hand over what there is.
@@ -138,16 +154,35 @@ class GradientCapture:
         """
         gradient, projected = self._gradient, self._projected
         self.adapter_name = self._project = self._is_last_backward = self._gradient = self._projected = None
-        self._gradient_is_finite = self.work = None
+        self._gradient_is_finite = self.work = self.reduction = None
         self._calls = 0
         if projected is not None:
             projected = projected._replace(P=for_device(projected.P))
         return None if gradient is None else for_device(gradient), projected
 
+    def take(self) -> torch.Tensor | None:
+        """Hand over the gradient and go on recording; as of [`stop`], a tensor on the host may still be on its way there."""
+        gradient, self._gradient, self._gradient_is_finite = self._gradient, None, None
+        return None if gradient is None else for_device(gradient)
+
+    def put(self, gradient: torch.Tensor | HostCopy, is_finite: torch.Tensor) -> None:
+        """Put another gradient, as the sum of several processes, in the place of the recorded one.
+
+        Args:
+            gradient (`torch.Tensor` or `HostCopy`): float32 `[out, in]`.
+            is_finite (`torch.Tensor`): 0-d bool.
+        """
+        self._gradient, self._gradient_is_finite = gradient, is_finite
+
     @property
     def records(self) -> bool:
         """Whether the gradient is recorded."""
         return self._project is not None
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether the layer ran forward, and its backward pass has not come by; a compiled layer does not know."""
+        return self._calls > 0
 
     @property
     def gradient(self) -> torch.Tensor | None:
@@ -222,6 +257,9 @@ class GradientCapture:
             projected = self._project(gradient)
             self.work = gradient.device, Stretch(start, mark(gradient.device))
             self._projected = projected._replace(P=HostCopy(projected.P)) if self._offload else projected
+        elif self._calls == 0 and self.reduction is not None:
+            self._gradient = self._gradient_is_finite = None
+            self.reduction.hand_over(self, gradient)
         elif self._offload and self._calls <= 0:
             # made where the values are: nobody may read them on the host without waiting
             self._gradient_is_finite = _is_finite(gradient)

@@ -9,6 +9,15 @@ from torch import nn
 from .layer import LoQTLayer
 
 
+# in the names of modules, but not in those of a state dict: FSDP1, activation checkpointing
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def state_dict_name(name: str) -> str:
+    """The name of a module or a parameter as a state dict has it, without what its wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
     """All LoQT layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLayer))

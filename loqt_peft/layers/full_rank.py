@@ -9,6 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..saving.seal import canonical
+from .find import state_dict_name
 from .layer import LoQTLayer
 
 
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
     from ..config import LoQTConfig
 
 
-# in the names of modules, but not in those of the state dict
-FSDP_PREFIX = "_fsdp_wrapped_module."
-
-
 def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.Parameter]:
-    """The parameters that `config.full_rank_modules` names, by their names in `model`; tied ones once.
+    """The parameters that `config.full_rank_modules` names, by their names in its state dict; tied ones once.
 
     Raises:
         ValueError: If a name matches no module, or one that is targeted or in `modules_to_save`.
@@ -42,12 +39,12 @@ def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.P
             managed_by = owner(name)
             is_bias = isinstance(managed.get(managed_by), LoQTLayer) and name == f"{managed_by}.base_layer.bias"
             if parameter.is_floating_point() and (managed_by is None or is_bias):
-                selected[name] = parameter
+                selected[state_dict_name(name)] = parameter
         return selected
 
     selected = {}
     for module_name in wanted:
-        keys = [n for n, _ in model.named_modules() if n == module_name or n.endswith(f".{module_name}")]
+        keys = [n for n, _ in model.named_modules() if f".{state_dict_name(n)}".endswith(f".{module_name}")]
         if not keys:
             raise ValueError(
                 f"full_rank_modules={module_name!r} is not allowed: the model has no module of that name."
@@ -59,7 +56,7 @@ def full_rank_parameters(model: nn.Module, config: LoQTConfig) -> dict[str, nn.P
                         f"full_rank_modules={module_name!r} is not allowed: {key!r} is or holds a module in target_modules "
                         "or modules_to_save."
                     )
-                selected[name] = parameter
+                selected[state_dict_name(name)] = parameter
     # tied weights have several names
     names = {id(parameter): name for name, parameter in reversed(selected.items())}
     return {name: parameter for name, parameter in selected.items() if names[id(parameter)] == name}
@@ -70,7 +67,7 @@ def names_outside_layers(model: nn.Module, config: LoQTConfig, adapter_name: str
     names = {name: name for name in full_rank_parameters(model, config)}
     for module_name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            module_name = module_name.removeprefix(FSDP_PREFIX)
+            module_name = state_dict_name(module_name)
             for saved, name in module.adapter_state_dict_load_map(adapter_name).items():
                 names[f"{module_name}.{saved}"] = f"{module_name}.{name}"
     return {canonical(key): name for key, name in names.items()}

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..advice import AUTO_CONSTANT
 from ..algorithm.precision import without_autocast
 from ..algorithm.projection import (
     is_right,
@@ -20,6 +21,7 @@ from ..algorithm.switch import (
     low_rank_product,
 )
 from ..compat import BufferDict
+from ..dtensor import full
 from ..saving.seal import SEAL_SIZE
 from .base_weight import BaseWeight
 from .capture import GradientCapture
@@ -38,7 +40,7 @@ def _settle_after_load(layer: LoQTLayer, _incompatible_keys) -> None:
 
 def _auto_scale(shape: tuple[int, int], r: int) -> float:
     # a step of B by Adam of size η moves W by η s √(r/min(in, out)): so as much at every rank, and less in wider layers
-    return 16 / math.sqrt(r * min(shape))
+    return AUTO_CONSTANT / math.sqrt(r * min(shape))
 
 
 def _initial_factors(
@@ -128,6 +130,8 @@ class LoQTLayer(BaseTunerLayer):
             scaling (`float`): s, or `"auto"`: 16 / √(r·min(in, out)).
             config (`LoQTConfig`): Its config; a positive `num_updates` allocates its own weight too.
         """
+        if self.base.is_sharded:
+            self.base.require(f"Adding adapter {adapter_name!r}")
         if self.base.dropped:
             raise ValueError(
                 f"Adapter {adapter_name!r} cannot be added: the base weights are gone (retain_base='drop'). "
@@ -203,6 +207,10 @@ class LoQTLayer(BaseTunerLayer):
         # a slot may have been allocated, but nothing loaded into it
         return adapter_name in self.loqt_weight and self._has_updates(adapter_name)
 
+    def uses_own_weight(self, adapter_name: str) -> bool:
+        """Whether the layer computes with the adapter's own weight: from the first switch on, under FSDP2 from the start."""
+        return self.base.is_sharded or self.has_switched(adapter_name)
+
     # a graph is compiled anew when a slot comes or goes
     @torch.compiler.assume_constant_result
     def _has_updates(self, adapter_name: str) -> bool:
@@ -223,11 +231,24 @@ class LoQTLayer(BaseTunerLayer):
 
         A dense one keeps the dtype that it was saved in, whatever the dtype of the live base.
         """
+        if self.base.is_sharded:
+            self._check_sharded_slots(adapter_name, P, weight)
+            return
         if self.loqt_P[adapter_name].dtype != P.dtype:
             self.loqt_P[adapter_name] = torch.zeros_like(self.loqt_P[adapter_name], dtype=P.dtype)
         self.allocate_weight(adapter_name, weight is not None)
         if weight is not None and self.loqt_weight[adapter_name].dtype != weight.dtype:
             self.loqt_weight[adapter_name] = torch.zeros_like(self.loqt_weight[adapter_name], dtype=weight.dtype)
+
+    def _check_sharded_slots(self, adapter_name: str, P: torch.Tensor, weight: torch.Tensor | None) -> None:
+        if weight is None and self.has_switched(adapter_name):
+            self.base.require("Loading a state from before the first switch")
+        for name, slot, tensor in (("P", self.loqt_P, P), ("W", self.loqt_weight, weight)):
+            if tensor is not None and slot[adapter_name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"{name} was saved in {tensor.dtype}, and the model that FSDP2 shards holds it in "
+                    f"{slot[adapter_name].dtype}. Load the base model in {tensor.dtype}."
+                )
 
     def allocate_weight(self, adapter_name: str, switched: bool) -> None:
         """Allocate or drop the slot of the adapter's own weight, and that of its error.
@@ -300,7 +321,7 @@ class LoQTLayer(BaseTunerLayer):
 
     def projection(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """P as the forward pass sees it: `[r, in]` if in <= out, else `[out, r]`."""
-        return self.projection_format(adapter_name).unpack(self.loqt_P[adapter_name], dtype)
+        return self.projection_format(adapter_name).unpack(full(self.loqt_P[adapter_name]), dtype)
 
     def kept_error(self, adapter_name: str) -> torch.Tensor | None:
         """With `error_feedback`, what the last switch left over of the weight, packed, on the device of the computation."""
@@ -310,14 +331,14 @@ class LoQTLayer(BaseTunerLayer):
     def frozen_weight(self, adapter_name: str) -> torch.Tensor:
         """deq(W_q), or W_base before the first switch: float32 `[out, in]`."""
         if self.has_switched(adapter_name):
-            return self.weight_format(adapter_name).unpack(self.loqt_weight[adapter_name])
+            return self.weight_format(adapter_name).unpack(full(self.loqt_weight[adapter_name]))
         return self.base.value(self.compute_device)
 
     @without_autocast
     def low_rank_weight(self, adapter_name: str) -> torch.Tensor:
         """s·PB, float32 `[out, in]`."""
         self.verify(adapter_name)
-        B = self.loqt_B[adapter_name].detach()
+        B = full(self.loqt_B[adapter_name].detach())
         return low_rank_product(B, self.projection(adapter_name), self.scaling[adapter_name], self.right)
 
     ###############################
@@ -327,6 +348,9 @@ class LoQTLayer(BaseTunerLayer):
     @property
     def compute_device(self) -> torch.device:
         """Where the layer computes; a base weight may lie elsewhere."""
+        if self.base.is_sharded:
+            # with CPU offload the parts of W lie elsewhere
+            return self.base.device
         for weight in self.loqt_weight.values():
             return weight.device
         return self.base.device
@@ -343,12 +367,16 @@ class LoQTLayer(BaseTunerLayer):
         for adapter_name, error in self.loqt_error.items():
             if error.device.type not in ("cpu", "meta"):
                 self.loqt_error[adapter_name] = error.cpu()
+        switched = [name for name in self.loqt_B if self.has_switched(name)]
+        retain = {self.config[name].retain_base for name in switched}
+        if self.base.is_sharded:
+            if len(switched) == len(self.loqt_B) and retain == {"drop"}:
+                self.base.drop(self.compute_device)
+            return
         if self.base.dropped:
             # nothing but its device is left of it
             self.base.move(self.compute_device)
             return
-        switched = [name for name in self.loqt_B if self.has_switched(name)]
-        retain = {self.config[name].retain_base for name in switched}
         if not switched or len(switched) < len(self.loqt_B) or self.merged or "device" in retain:
             self.base.move(self.compute_device)
         elif retain == {"drop"}:

@@ -14,6 +14,7 @@ from ..algorithm.linear_map import LoQTLinear
 from ..compat import swap_hooks
 from .base_weight import dense_layer
 from .layer import LoQTLayer
+from .sharded import mixed_precision_dtype
 from .weight_guard import UnreadableWeight
 
 
@@ -80,7 +81,7 @@ class Linear(LoQTLayer, nn.Module):
 
     def _can_fuse(self, x: torch.Tensor, adapters: list[str]) -> bool:
         # torch.compile fuses by itself
-        if len(adapters) > 1 or not self.has_switched(adapters[0]) or torch.compiler.is_compiling():
+        if len(adapters) > 1 or not self.uses_own_weight(adapters[0]) or torch.compiler.is_compiling():
             return False
         compute_dtype, output_dtype = self._weight_dtypes(x)
         return compute_dtype == output_dtype == self._low_rank_dtype(x, adapters[0])
@@ -113,7 +114,7 @@ class Linear(LoQTLayer, nn.Module):
         return y.to(dtype)
 
     def _weight_forward(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        switched = [name for name in adapters if self.has_switched(name)]
+        switched = [name for name in adapters if self.uses_own_weight(name)]
         y = self._base_forward(x) if len(switched) != 1 else None
         for adapter_name in switched:
             own = self._switched_forward(x, adapter_name)
@@ -125,6 +126,8 @@ class Linear(LoQTLayer, nn.Module):
         """In which the product with W is computed, and returned."""
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+            return dtype, dtype
+        if (dtype := mixed_precision_dtype(self)) is not None:
             return dtype, dtype
         if self.quantization_backend is not None:
             return self.get_base_layer().compute_dtype or x.dtype, x.dtype

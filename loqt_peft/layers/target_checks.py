@@ -20,36 +20,36 @@ from .layer import LoQTLayer
 SUPPORTED = "nn.Linear, bitsandbytes' Linear4bit and transformers' Conv1D"
 
 # class of a module in transformers -> linear layers of it whose `.weight` it reads instead of calling them, or changes in
-# place, always or with some kernels, sizes or while it generates; LoQT would not act there
+# place, always or with some kernels, sizes or while it generates; LoQT would not act there (5.0 to 5.24)
 READ_NOT_CALLED: dict[str, tuple[str, ...]] = {
-    "BambaMixer": ("out_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_linear", "k_proj"),
     "DabDetrMHAttentionMap": ("k_linear",),
-    "DetrMHAttentionMap": ("k_proj",),
-    "FalconH1Mixer": ("out_proj",),
-    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "DeepseekOcr2TextMoe": ("gate",),
+    "DeepseekV2Moe": ("gate",),
+    "DetrMHAttentionMap": ("k_linear", "k_proj"),
+    "FalconMambaMixer": ("dt_proj",),
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
     "Gemma4AssistantForCausalLM": ("lm_head",),
     "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
     "JambaMambaMixer": ("dt_proj",),
     "LSHSelfAttention": ("query_key", "value"),
     "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     "LongcatFlashTopkRouter": ("classifier",),
-    "Mamba2Mixer": ("out_proj",),
-    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MambaMixer": ("dt_proj",),
     "MaskFormerDetrMHAttentionMap": ("k_proj",),
     "MobileBertLMPredictionHead": ("decoder", "dense"),
-    "NemotronHMamba2Mixer": ("out_proj",),
     "NeoMMEForMaskedLM": ("unembedding_projection",),
     "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
     "RwkvFeedForward": ("value",),
     "RwkvSelfAttention": ("output",),
     "TDNNLayer": ("kernel",),
+    "VideoMAESelfAttention": ("key", "query", "value"),
     "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
-    "Zamba2MambaMixer": ("out_proj",),
 }
+
+# RWKV divides weights in eval, against overflows of float16, unless its configuration says `rescale_every=0`
+_RESCALED = ("RwkvFeedForward", "RwkvSelfAttention")
 
 # subclasses of nn.Linear whose own `forward` is the same product
 _SAME_FORWARD = {"FalconLinear"}
@@ -186,11 +186,12 @@ class TargetChecks:
                 "weight_read", "lies inside nn.MultiheadAttention, which uses its weight without calling it."
             )
         for cls in type(parent).__mro__:
-            if child in READ_NOT_CALLED.get(cls.__name__, ()):
+            if child in READ_NOT_CALLED.get(cls.__name__, ()) and not _is_left_alone(parent, cls.__name__):
                 return _Obstacle(
                     "weight_read",
                     f"lies inside a {cls.__name__}, which reads or changes its weight by itself, so that LoQT would not "
                     "act there.",
+                    "Load the model with `rescale_every=0`, or" if cls.__name__ in _RESCALED else "",
                 )
         return None
 
@@ -213,6 +214,10 @@ class TargetChecks:
             if (obstacle := self.obstacle(name)) is not None:
                 found[obstacle.code if obstacle.code == "weight_shared" else obstacle].append((name, obstacle))
         return [_finding(group, names) for group in found.values()]
+
+
+def _is_left_alone(parent: nn.Module, kind: str) -> bool:
+    return kind in _RESCALED and parent.config.rescale_every == 0
 
 
 def _finding(group: list[tuple[str, _Obstacle]], names: list[str]) -> Finding:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from types import SimpleNamespace
 
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
-from .target_checks import PASSED_OVER, TargetChecks
+from ..compat import include_all_linear_layers
+from .target_checks import PASSED_OVER, TargetChecks, is_linear
 
 
 _BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
@@ -72,3 +74,13 @@ def without_unfit(model: nn.Module, names: Iterable[str]) -> set[str]:
         if not is_head(model, name)
         and ((obstacle := checks.obstacle(name)) is None or obstacle.code not in PASSED_OVER)
     }
+
+
+def default_target_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that `target_modules=None` stands for in a model."""
+    listed = TARGET_MODULES_MAPPING.get(model.config.model_type)
+    if listed is None:
+        asked = SimpleNamespace(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type=None)
+        return without_unfit(model, include_all_linear_layers(asked, model).target_modules)
+    ends = tuple(f".{name}" for name in listed)
+    return {name for name, module in model.named_modules() if f".{name}".endswith(ends) and is_linear(module)}

@@ -155,6 +155,7 @@ def estimate_memory(
     budget: str | float | None = None,
     simulate: bool = False,
     all_layers: bool = False,
+    levers: bool = True,
     **options: Any,
 ) -> MemoryEstimate:
     """Predict the memory of training a causal language model.
@@ -173,6 +174,7 @@ def estimate_memory(
             Run the real layers, optimizer and update on torch's `meta` device (seconds) instead of the closed form
             (instant, and for some architectures only).
         all_layers (`bool`): Simulate every decoder layer, instead of a few from which the rest follows.
+        levers (`bool`): Look for what would lower the peak, which takes ten times as long as the estimate.
         **options: Fields of [`~loqt_peft.memory.options.MemoryOptions`].
 
     Returns:
@@ -196,7 +198,7 @@ def estimate_memory(
         source="simulation" if simulate else "closed form",
         phases=phases,
         host=dict(+host),
-        levers=_levers(shape, chosen) if shape else (),
+        levers=_levers(shape, chosen) if shape and levers else (),
         notes=tuple(_notes(shape, chosen)),
         budget=budget,
     )

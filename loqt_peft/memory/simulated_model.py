@@ -92,6 +92,8 @@ def build_model(config: PreTrainedConfig, options: MemoryOptions, device: str = 
     dtype, adapter_dtype = getattr(torch, options.dtype), getattr(torch, options.adapter_dtype)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+    # transformers 5.0 does not on the meta device
+    model.tie_weights()
     model.config.use_cache = False
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]

@@ -9,6 +9,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import OPTIMIZER_NAME as ACCELERATE_OPTIMIZER_NAME
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -18,6 +20,12 @@ from transformers.utils import WEIGHTS_NAME as MODEL_WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)
+
+# what accelerate writes under FSDP of model and optimizer: with FULL_STATE_DICT a file, with SHARDED_STATE_DICT a folder
+FSDP_WHOLE, FSDP_OPTIMIZER = f"{FSDP_MODEL_NAME}.bin", f"{ACCELERATE_OPTIMIZER_NAME}.bin"
+FSDP_PARTS = f"{FSDP_MODEL_NAME}_0", f"{ACCELERATE_OPTIMIZER_NAME}_0"
+# what DeepSpeed writes into a checkpoint of the Trainer
+DEEPSPEED_PARTS, DEEPSPEED_LATEST = "global_step*", "latest"
 
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -50,6 +58,8 @@ def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def _missing(checkpoint: Path) -> str | None:
     """What a checkpoint lacks for `resume_from_checkpoint`, which would go on without it, or from weights that are random."""
+    if any((checkpoint / name).exists() for name in (FSDP_WHOLE, FSDP_PARTS[0])):
+        return _missing_of_fsdp(checkpoint)
     # of several adapters each but "default" has a folder of its own
     adapters = [folder for folder in (checkpoint, *checkpoint.iterdir()) if (folder / CONFIG_NAME).is_file()]
     for folder in adapters:
@@ -63,8 +73,23 @@ def _missing(checkpoint: Path) -> str | None:
         indices = [checkpoint / name for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)]
         if not any(path.is_file() for path in (*(checkpoint / name for name in names), *indices)):
             return SAFETENSORS_WEIGHTS_NAME
+    # DeepSpeed keeps the optimizer's state in parts, and names their folder when all processes have written theirs
+    optimizer_name = DEEPSPEED_LATEST if any(checkpoint.glob(DEEPSPEED_PARTS)) else OPTIMIZER_NAME
+    return _missing_rest(checkpoint, optimizer_name)
+
+
+def _missing_of_fsdp(checkpoint: Path) -> str | None:
+    if (checkpoint / FSDP_WHOLE).is_file():
+        return _missing_rest(checkpoint, FSDP_OPTIMIZER)
+    # a folder gets its table of contents when all processes have written their parts
+    contents = [f"{folder}/.metadata" for folder in FSDP_PARTS]
+    missing = next((name for name in contents if not (checkpoint / name).is_file()), None)
+    return missing or _missing_rest(checkpoint, FSDP_PARTS[1])
+
+
+def _missing_rest(checkpoint: Path, optimizer_name: str) -> str | None:
     # with `save_only_model` there is none of these
-    rest = {OPTIMIZER_NAME: OPTIMIZER_NAME, SCHEDULER_NAME: SCHEDULER_NAME, "rng_state.pth": "rng_state*.pth"}
+    rest = {optimizer_name: optimizer_name, SCHEDULER_NAME: SCHEDULER_NAME, "rng_state.pth": "rng_state*.pth"}
     found = {name for name, pattern in rest.items() if next(checkpoint.glob(pattern), None)}
     return next((name for name in rest if found and name not in found), None)
 
@@ -87,7 +112,7 @@ def _incomplete(checkpoint: Path) -> str | None:
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            elif path.suffix in (".pt", ".pth"):
+            elif path.suffix in (".pt", ".pth") or path.name in (FSDP_WHOLE, FSDP_OPTIMIZER):
                 # torch writes zip files, whose table of contents is at the end; nothing is unpickled here
                 with zipfile.ZipFile(path):
                     pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from peft.utils import CONFIG_NAME
 from yaml import YAMLError
 
 from ..compat import calling_objects
+from .card_template import without_template
+from .run_figures import run_figures
 
 
 if TYPE_CHECKING:
@@ -38,27 +40,34 @@ P is taken, so that the changes add up to full rank.
 
 - Base model: {base_model}
 - Updates (merges into W) so far: {num_updates}
-
+{figures}
 ### How to load it
 
-Loading needs the `loqt_peft` package. It may not be on PyPI: if `pip install loqt_peft` finds nothing, install it from its
-source code with `pip install .`
+**As it is.** Loading needs the `loqt_peft` package. It may not be on PyPI: if `pip install loqt_peft` finds nothing, install
+it from its source code with `pip install .`
 
 ```python
 {code}
 ```
 
-Without `import loqt_peft`, PEFT stops with `KeyError: 'LOQT'`: it does not know the method. Install the package and import it
-before loading. To be rid of it, merge once: `model.merge_and_unload().save_pretrained("merged")` writes a model that plain
-transformers loads.
+Without `import loqt_peft`, PEFT stops with `KeyError: 'LOQT'`: it does not know the method.
+
+**On a base that you have loaded yourself**, in 4 bits for example: `PeftModel.from_pretrained(base_model, adapter)`, with
+`PeftModel` of PEFT, after the same import. The base must be the same; its precision may differ.
+
+**Without this package, once and for all**: `loqt export {export} plain --to dense` writes a model that plain transformers
+loads. `--to bnb-4bit` and `--to lora` are other ways out.
 
 All that is loaded of the adapter is safetensors and JSON. No pickle is read, and no remote code is run.
 
-### LoQT settings
+<details>
+<summary>All settings of the method</summary>
 
 | setting | value | meaning |
 |---|---|---|
 {settings}
+
+</details>
 
 ### Citation
 
@@ -80,12 +89,13 @@ All that is loaded of the adapter is safetensors and JSON. No pickle is read, an
 ###############################
 
 
-def loqt_section(config: LoQTConfig, subfolder: str | None = None) -> str:
+def loqt_section(config: LoQTConfig, subfolder: str | None = None, figures: Mapping[str, str] | None = None) -> str:
     """What the card says about a LoQT adapter, in Markdown.
 
     Args:
         config (`LoQTConfig`): Of the adapter.
         subfolder (`str`, *optional*): Where the adapter lies beneath the card, if not beside it.
+        figures (`Mapping[str, str]`, *optional*): Of the run that made it: what, and its value in words.
     """
     base_model = config.base_model_name_or_path
     if not base_model:
@@ -99,9 +109,16 @@ def loqt_section(config: LoQTConfig, subfolder: str | None = None) -> str:
         storage="stays in 4 bits and is requantized" if config.quantize_weight else "stays dense here",
         base_model=base,
         num_updates=config.num_updates,
+        figures="".join(f"- {name}: {value}\n" for name, value in (figures or {}).items()),
         code=_loading_code(config, subfolder),
+        export="ADAPTER" if subfolder is None else f"ADAPTER/{subfolder}",
         settings="\n".join(_settings(config)),
     )
+
+
+def _title(config: LoQTConfig) -> str:
+    base = config.base_model_name_or_path
+    return f"LoQT adapter of {base.rpartition('/')[2]}" if _is_repo_id(base) else "LoQT adapter"
 
 
 def _settings(config: LoQTConfig) -> Iterable[str]:
@@ -162,7 +179,8 @@ def add_loqt_section(
     card = ModelCard.load(path)
     name = "loqt_peft" if subfolder is None else f"loqt_peft {subfolder}"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    section = f"{begin}\n{loqt_section(config, subfolder)}\n{end}"
+    section = f"{begin}\n{loqt_section(config, subfolder, run_figures())}\n{end}"
+    card.text = without_template(card.text, _title(config))
     old = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", card.text, re.DOTALL)
     if old:
         card.text = card.text[: old.start()] + section + card.text[old.end() :]
@@ -171,6 +189,7 @@ def add_loqt_section(
         before, after = card.text[:position].rstrip(), card.text[position:]
         card.text = f"{before}\n\n{section}\n\n{after}" if after else f"{before}\n\n{section}\n"
 
+    card.text = card.text.rstrip() + "\n"
     if "base_model" in card.data and isinstance(card.data.base_model, str) and not _is_repo_id(card.data.base_model):
         card.data.pop("base_model")
     new = ["loqt", f"arxiv:{ARXIV_ID}", *(["4-bit"] if config.quantize_weight else [])]
@@ -183,14 +202,15 @@ def add_loqt_section(
 
 
 def _first_heading(text: str) -> int:
-    # of the second level, outside code and other adapters' sections: what comes before it introduces the model
+    # of the second level or PEFT's last one, outside code and other adapters' sections: what comes before it introduces the
+    # model
     position, in_code, in_section = 0, False, False
     for line in text.splitlines(keepends=True):
         if line.lstrip().startswith(("```", "~~~")):
             in_code = not in_code
         elif line.startswith(("<!-- loqt_peft", "<!-- /loqt_peft")):
             in_section = not line.startswith("<!-- /")
-        elif line.startswith("## ") and not in_code and not in_section:
+        elif line.startswith(("## ", "### Framework versions")) and not in_code and not in_section:
             return position
         position += len(line)
     return position

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ..dtensor import full
+
 
 # Raise it when files of the new version mean something else to the old code, and go on reading those of the old one.
 FORMAT_VERSION = 1
@@ -125,8 +127,11 @@ def newer_version(version: int) -> str:
 
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, whatever its device; its shape and dtype do not enter."""
-    return zlib.crc32(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy(), start)
+    """CRC-32 of a tensor's bytes, whatever its device; its shape and dtype do not enter.
+
+    Of a sharded tensor all processes must ask.
+    """
+    return zlib.crc32(full(tensor.detach()).contiguous().cpu().flatten().view(torch.uint8).numpy(), start)
 
 
 def named_checksum(name: str, tensor: torch.Tensor, start: int = 0) -> int:

@@ -10,8 +10,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..algorithm.switch import NewProjection, Switch
+from ..dtensor import local
 from ..layers.find import loqt_layers
 from ..layers.layer import LoQTLayer
+from ..layers.sharded import gathered
+from .ownership import rounds
 from .switching import compute_switch, draw_projection, empty_switch, project_gradient
 
 
@@ -20,7 +23,7 @@ def is_finite(layer: LoQTLayer) -> torch.Tensor | None:
     nothing yet."""
     capture = layer.capture
     if capture.adapter_name is not None and not capture.records:
-        return torch.isfinite(layer.loqt_B[capture.adapter_name].detach().sum(dtype=torch.float32))
+        return torch.isfinite(local(layer.loqt_B[capture.adapter_name].detach()).sum(dtype=torch.float32))
     return capture.is_finite
 
 
@@ -30,7 +33,7 @@ def is_distributed() -> bool:
 
 def not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
     """Number of layers that an update would break, on any process."""
-    device = layers[0][1].loqt_P[adapter_name].device
+    device = layers[0][1].compute_device
     broken = torch.zeros(len(layers), dtype=torch.float32, device=device)
     for index, (_, layer) in enumerate(layers):
         if (finite := is_finite(layer)) is not None:
@@ -43,44 +46,45 @@ def not_finite(layers: list[tuple[str, LoQTLayer]], adapter_name: str) -> int:
 def switches(layers: list[LoQTLayer], adapter_name: str) -> Iterator[tuple[LoQTLayer, Switch]]:
     """The layers' new states in turn, the same bits on every process.
 
-    Each layer has one process that averages its gradient, computes the switch and broadcasts it: the work is divided, and
-    processes on unlike hardware cannot part. Each process has a layer of every group, and nobody waits for another
-    one's work but at the end of a group; so much is held at a time.
+    Each layer has one process that owns it, computes the switch and broadcasts it: the work is divided, and processes on
+    unlike hardware cannot part. In each round every process has a layer, and nobody waits for another one's work but at
+    the end of a round; so much is held at a time. Of several processes the gradients must have been summed at the owners
+    (see [`~loqt_peft.training.reduction.GradientReduction`]).
     """
     if not is_distributed():
         for layer in layers:
-            yield layer, _switch(layer, adapter_name, *_take_capture(layer, adapter_name))
+            captured = _take_capture(layer, adapter_name)
+            with gathered(layer, adapter_name):
+                switch = _switch(layer, adapter_name, *captured)
+            yield layer, switch
         return
-    size = dist.get_world_size()
-    for start in range(0, len(layers), size):
-        group = layers[start : start + size]
-        yield from zip(group, _switches_of_group(group, adapter_name), strict=True)
+    for places in rounds((layer.shape for layer in layers), dist.get_world_size()):
+        group = [(layers[place], owner) for place, owner in places]
+        yield from zip([layer for layer, _ in group], _switches_of_round(group, adapter_name), strict=True)
 
 
-def _switches_of_group(group: list[LoQTLayer], adapter_name: str) -> list[Switch]:
-    """The new states of as many layers as there are processes, or fewer; the first one is the work of process 0."""
-    # all sums, then the own work, then all broadcasts: a process that waits in between would work after the others
-    own = None
-    for owner, layer in enumerate(group):
+def _switches_of_round(group: list[tuple[LoQTLayer, int]], adapter_name: str) -> list[Switch]:
+    """The new states of some layers, of which each process owns at most one."""
+    # what is sharded is gathered, then the own work, then all broadcasts: who waits in between would work after the others
+    own, switches = None, []
+    for layer, owner in group:
         gradient, projected = _take_capture(layer, adapter_name)
-        if layer.needs_gradient(adapter_name):
-            if gradient is None:
-                device = layer.loqt_P[adapter_name].device
-                gradient = torch.zeros(layer.shape, dtype=torch.float32, device=device)
-            dist.reduce(gradient, dst=owner, op=dist.ReduceOp.SUM)
-            gradient.div_(dist.get_world_size())
-        if dist.get_rank() == owner:
-            own = layer, gradient, projected
-        del gradient, projected
-    switches = [
-        None if dist.get_rank() == owner else empty_switch(layer, adapter_name) for owner, layer in enumerate(group)
-    ]
+        whole = gathered(layer, adapter_name)
+        if dist.get_rank() != owner:
+            switches.append(empty_switch(layer, adapter_name))
+            continue
+        own = len(switches), layer, gradient, projected, whole
+        switches.append(None)
+        del gradient, projected, whole
     if own is not None:
-        layer, gradient, projected = own
-        switch = _switch(layer, adapter_name, gradient, projected)
-        del own, gradient, projected
-        switches[dist.get_rank()] = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
-    for owner, switch in enumerate(switches):
+        place, layer, gradient, projected, whole = own
+        if gradient is not None:
+            gradient.div_(dist.get_world_size())
+        with whole:
+            switch = _switch(layer, adapter_name, gradient, projected)
+        switches[place] = Switch(*(None if tensor is None else tensor.contiguous() for tensor in switch))
+        del own, gradient, projected, switch, whole
+    for (_, owner), switch in zip(group, switches, strict=True):
         for tensor in switch:
             if tensor is not None:
                 dist.broadcast(tensor, src=owner)
@@ -91,7 +95,7 @@ def _take_capture(layer: LoQTLayer, adapter_name: str) -> tuple[torch.Tensor | N
     """See `GradientCapture.stop`; the gradient is on the device of the adapter."""
     gradient, projected = layer.capture.stop()
     if gradient is not None:
-        gradient = gradient.to(layer.loqt_P[adapter_name].device, non_blocking=True)
+        gradient = gradient.to(layer.compute_device, non_blocking=True)
     return gradient, projected
 
 

@@ -15,6 +15,28 @@ from ..layers.stopwatch import Stretch
 SMALLEST_CHANGE_TO_ERROR = 1.0
 
 
+class Worded(int):
+    """A number for programs that the console shows in words, since there it is printed by its `repr`.
+
+    Args:
+        value (`int`): The number.
+        words (`str`): What people read.
+    """
+
+    words: str
+
+    def __new__(cls, value: int, words: str) -> Worded:
+        self = super().__new__(cls, value)
+        self.words = words
+        return self
+
+    def __repr__(self) -> str:
+        return self.words
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+
 @dataclass(frozen=True)
 class LoQTUpdate:
     """Figures of the update of a step; norms are Frobenius norms over all layers that were updated together.
@@ -51,9 +73,10 @@ class LoQTUpdate:
 
     def metrics(self) -> dict[str, float]:
         """The figures that there are, under the names by which they are logged."""
+        merged = self.num_updates > 1 or self.merged_change
         figures = {
-            "loqt/updates": self.num_updates,
-            "loqt/merged_change": self.merged_change,
+            "loqt/updates": self.num_updates if merged else Worded(self.num_updates, f"{self.num_updates} (P taken)"),
+            "loqt/merged_change": self.merged_change if merged else None,
             "loqt/quantization_error_before": self.quantization_error_before,
             "loqt/quantization_error_after": self.quantization_error_after,
             "loqt/change_to_error": self.change_to_error,

@@ -10,7 +10,9 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
 from ..algorithm.precision import without_autocast
+from ..dtensor import full, write
 from ..findings import Finding
+from .zero import has_parts, state_of_parts, turn_moments, zero_findings
 
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def optimizer_findings(
     treatment = layers[0].config[adapter_name].optimizer_state
     if optimizer is None:
         return _not_given_findings(treatment)
+    if has_parts(layers[0].loqt_B[adapter_name]):
+        return zero_findings(optimizer, treatment, FIRST_MOMENTS, COPIES)
     optimizer = inner_optimizer(optimizer)
     all_B = [layer.loqt_B[adapter_name] for layer in layers]
     groups = [group for group in optimizer.param_groups if any(B is p for p in group["params"] for B in all_B[:1])]
@@ -206,11 +210,22 @@ def treat_optimizer_state(
         optimizer (`torch.optim.Optimizer`): What steps B; one in which [`optimizer_findings`] finds no error.
         P_old (`torch.Tensor`, *optional*): With "rotate", the projection of before: float32 `[r, in]` or `[out, r]`.
     """
-    optimizer = inner_optimizer(optimizer)
     B, treatment = layer.loqt_B[adapter_name], layer.config[adapter_name].optimizer_state
+    if has_parts(B):
+        if treatment == "rotate":
+            keys = [key for key in state_of_parts(optimizer) if key in FIRST_MOMENTS]
+            P_new = layer.projection(adapter_name)
+            turn_moments(B, keys, lambda moment: _turned(moment, P_old, P_new, layer.right))
+        return
+    optimizer = inner_optimizer(optimizer)
     if treatment == "reset":
         for states in list(_states(optimizer, B)):
-            del states[B]
+            if isinstance(optimizer, torch.optim.Adagrad):
+                # which of some versions of torch makes its state with itself only
+                states[B]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+                states[B]["step"].zero_()
+            else:
+                del states[B]
         return
     for key, value in list(_tensors(optimizer, B)):
         if key in COPIES:
@@ -229,16 +244,20 @@ def _rotate(state: dict[str, Any], key: str, B: torch.Tensor, P_old: torch.Tenso
     if not isinstance(moment, torch.Tensor) or moment.shape != B.shape:
         return
     # a paged state is a tensor of the host
-    values = moment.to(B.device)
+    values = full(moment).to(P_new.device)
     in_8_bits = moment.dtype == torch.uint8
     if in_8_bits:
         values = dequantize_blockwise(values, absmax=state["absmax1"], code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
     elif type(values) is not torch.Tensor:
         # of torchao
         values = values.dequantize()
-    # old coordinates -> weight space -> new coordinates
-    values = values.float() @ (P_old @ P_new.T) if right else (P_new.T @ P_old) @ values.float()
+    values = _turned(values.float(), P_old, P_new, right)
     if in_8_bits:
         values, quantized = quantize_blockwise(values, code=state["qmap1"], blocksize=MOMENT_BLOCKSIZE)
         state["absmax1"].copy_(quantized.absmax)
-    moment.copy_(values)
+    write(moment, values)
+
+
+def _turned(moment: torch.Tensor, P_old: torch.Tensor, P_new: torch.Tensor, right: bool) -> torch.Tensor:
+    # old coordinates -> weight space -> new coordinates
+    return moment @ (P_old @ P_new.T) if right else (P_new.T @ P_old) @ moment

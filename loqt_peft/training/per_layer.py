@@ -225,7 +225,7 @@ def per_layer_optimizer(args: TrainingArguments) -> tuple[type[torch.optim.Optim
     """The optimizer that `args.optim` names, with per-layer updates, as the Trainer's `optimizer_cls_and_kwargs`.
 
     ```py
-    args = TrainingArguments(optim="adamw_bnb_8bit", learning_rate=0.01, max_grad_norm=0, ...)
+    args = TrainingArguments(optim="adamw_bnb_8bit", learning_rate=0.02, max_grad_norm=0, ...)
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=per_layer_optimizer(args), ...)
     ```
 

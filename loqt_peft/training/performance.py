@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from ..compat import calling_objects
+from .figures import Worded
 from .per_layer import PerLayerOptimizer, check_training_arguments, remove_hooks
 
 
@@ -164,7 +165,10 @@ class PerformanceCallback(TrainerCallback):
         memory = self._take_peak_memory(device)
         own = torch.stack([self._tokens, *(torch.tensor(value, device=device) for value in memory.values())])
         tokens, *peaks = gather(own.unsqueeze(0)).unbind(1)
-        figures: dict[str, float] = {name: int(peak.max()) for name, peak in zip(memory, peaks, strict=True)}
+        figures: dict[str, float] = {}
+        for name, peak in zip(memory, peaks, strict=True):
+            size = int(peak.max())
+            figures[name] = Worded(size, f"{size / 2**20:,.0f} MiB")
         tokens = int(tokens.sum())
         if tokens:
             figures["loqt/tokens_per_second"] = tokens / self._seconds

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..algorithm.switch import NewProjection, Switch, drawn_projection, projection_of_gradient, switch
+from ..compat import BufferDict
+from ..dtensor import write
 from ..layers.layer import LoQTLayer
+from .zero import write_parts
 
 
 def project_gradient(layer: LoQTLayer, adapter_name: str, gradient: torch.Tensor) -> NewProjection:
@@ -25,7 +28,7 @@ def draw_projection(layer: LoQTLayer, adapter_name: str) -> NewProjection:
         layer.shape,
         layer.r[adapter_name],
         layer.projection_seed(adapter_name),
-        layer.loqt_P[adapter_name].device,
+        layer.compute_device,
         layer.projection_format(adapter_name),
     )
 
@@ -58,11 +61,11 @@ def compute_switch(layer: LoQTLayer, adapter_name: str, new: NewProjection | Non
 
 def empty_switch(layer: LoQTLayer, adapter_name: str) -> Switch:
     """A [`Switch`] of the right shapes and dtypes, to be received from another process."""
-    device, weight_format = layer.loqt_P[adapter_name].device, layer.weight_format(adapter_name)
+    device, weight_format, B = layer.compute_device, layer.weight_format(adapter_name), layer.loqt_B[adapter_name]
     return Switch(
         weight_format.empty(device),
         layer.projection_format(adapter_name).empty(device),
-        torch.empty_like(layer.loqt_B[adapter_name]),
+        torch.empty(B.shape, dtype=B.dtype, device=device),
         torch.zeros(6, dtype=torch.float64, device=device),
         weight_format.empty(device) if layer.config[adapter_name].error_feedback else None,
     )
@@ -71,10 +74,20 @@ def empty_switch(layer: LoQTLayer, adapter_name: str) -> Switch:
 @torch.no_grad()
 def write_switch(layer: LoQTLayer, adapter_name: str, switch: Switch) -> None:
     """Make the computed state the layer's own. B stays the Parameter that the optimizer holds."""
-    layer.loqt_P[adapter_name] = switch.P
-    layer.loqt_B[adapter_name].copy_(switch.B)
-    layer.loqt_weight[adapter_name] = switch.weight
+    _write(layer.loqt_P, adapter_name, switch.P)
+    write(layer.loqt_B[adapter_name], switch.B)
+    write_parts(layer.loqt_B[adapter_name])
+    _write(layer.loqt_weight, adapter_name, switch.weight)
     if switch.error is not None:
         layer.loqt_error[adapter_name] = switch.error.cpu()
     layer.updates.count(adapter_name)
     layer.place()
+
+
+def _write(buffers: BufferDict, adapter_name: str, value: torch.Tensor) -> None:
+    """Into the memory that is there, if it fits: what is replaced at every update comes to lie among what is short-lived."""
+    known = buffers[adapter_name] if adapter_name in buffers else None
+    if known is not None and (known.shape, known.dtype, known.device) == (value.shape, value.dtype, value.device):
+        write(known, value)
+    else:
+        buffers[adapter_name] = value

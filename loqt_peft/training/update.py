@@ -18,10 +18,14 @@ from ..layers.find import active_layers, active_of, loqt_layers
 from ..layers.layer import LoQTLayer
 from ..layers.stopwatch import Stretch, mark
 from ..layers.training_watch import lost_update_findings
+from ..patience import patiently
 from ..saving.base_name import report_base_name
+from .agreement import require_agreement
 from .distributed import is_distributed, not_finite, switches
 from .figures import LoQTUpdate, figures_of, noise_findings
 from .optimizer_state import optimizer_findings, treat_optimizer_state
+from .reduction import GradientReduction
+from .sharding import reshard, unprepared_findings
 from .switching import project_gradient, write_switch
 
 
@@ -36,14 +40,17 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         is_last_backward (`Callable`, *optional*):
             Asked within a backward pass whether it is the step's last, as `lambda: accelerator.sync_gradients` or, without
             gradient accumulation, `lambda: True`. With it the gradient of one layer is held at a time, and only sums over
-            micro-batches are kept; without it, in a `torch.distributed` run, or with `update_mode="whole"`, the gradients
-            of all layers whose turn it is are kept until [`end_step`].
+            micro-batches are kept; without it, or with `update_mode="whole"`, the gradients of all layers whose turn it is
+            are kept until [`end_step`]. In a `torch.distributed` run it is not asked: each backward pass sums the gradients
+            of all processes, and each process keeps those of the layers that it owns.
 
     Returns:
         `bool`: Whether the step is an update step, by the schedule or because the last update was postponed.
 
     Raises:
-        ValueError: If `step` is not a non-negative integer, or no LoQT adapter trains, or it is merged.
+        ValueError:
+            If `step` is not a non-negative integer, or no LoQT adapter trains, or it is merged; if the processes of a
+            `torch.distributed` run do not begin from one adapter.
     """
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r} is not allowed: the number of optimizer steps already taken.")
@@ -60,18 +67,25 @@ def begin_step(model: nn.Module, step: int, is_last_backward: Callable[[], bool]
         )
     if step == 0:
         report_base_name(model)
+    report(unprepared_findings(layer for _, layer in layers))
     for _, layer in layers:
         layer.verify(adapter_name)
     config = layers[0][1].config[adapter_name]
+    if is_distributed():
+        require_agreement(model, layers, adapter_name, step)
     # processes must average before anything is made of a gradient
     in_backward = config.update_mode != "whole" and not is_distributed()
     offload = config.update_mode != "whole" if config.offload_gradients is None else config.offload_gradients
     due = _due(layers, adapter_name, step)
     for _, layer in layers:
         layer.watch.expect_updates(True)
+    needs_gradient = layers[0][1].needs_gradient(adapter_name)
+    reduction = None
+    if due and needs_gradient and is_distributed():
+        reduction = GradientReduction([layer for _, layer in due], adapter_name, offload)
     for _, layer in due:
-        project = partial(project_gradient, layer, adapter_name) if layer.needs_gradient(adapter_name) else None
-        layer.capture.start(adapter_name, project, offload, is_last_backward if in_backward else None)
+        project = partial(project_gradient, layer, adapter_name) if needs_gradient else None
+        layer.capture.start(adapter_name, project, offload, is_last_backward if in_backward else None, reduction)
     return bool(due)
 
 
@@ -125,35 +139,38 @@ def end_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     layers = [(name, layer) for name, layer in layers if layer.capture.adapter_name is not None]
     if not layers:
         return None
+    if (reduction := layers[0][1].capture.reduction) is not None:
+        reduction.finish()
     if _is_postponed(layers, adapter_name, optimizer):
         for _, layer in layers:
             layer.updates.postpone(adapter_name)
         cancel_step(model)
         return None
 
+    reshard(model)
     report_once(model, optimizer_findings(layers, adapter_name, optimizer))
     config = layers[0][1].config[adapter_name]
     work = [layer.capture.work for _, layer in layers if layer.capture.work is not None]
-    starts = {device: mark(device) for device in {layer.loqt_P[adapter_name].device for _, layer in layers}}
+    starts = {device: mark(device) for device in {layer.compute_device for _, layer in layers}}
     for _, layer in layers:
         # it belongs to the old P, and the switch needs the room
         layer.loqt_B[adapter_name].grad = None
-    statistics = []
-    for layer, switch in switches([layer for _, layer in layers], adapter_name):
+    by_layer = {}
+    for layer, switch in patiently(switches([layer for _, layer in layers], adapter_name), "LoQT update", len(layers)):
         P_old = layer.projection(adapter_name) if config.optimizer_state == "rotate" else None
         write_switch(layer, adapter_name, switch)
-        statistics.append(switch.statistics)
+        by_layer[layer] = switch.statistics
         if optimizer is not None:
             treat_optimizer_state(layer, adapter_name, optimizer, P_old)
     work += [(device, Stretch(start, mark(device))) for device, start in starts.items()]
     record_updates(model, adapter_name)
     # the host waits for the devices once
-    device = statistics[0].device
-    by_layer = torch.stack([value.to(device, non_blocking=True) for value in statistics]).tolist()
+    device = by_layer[layers[0][1]].device
+    statistics = torch.stack([by_layer[layer].to(device, non_blocking=True) for _, layer in layers]).tolist()
     needs_gradient = layers[0][1].needs_gradient(adapter_name)
     if needs_gradient:
-        _warn_without_gradient(model, [name for (name, _), row in zip(layers, by_layer, strict=True) if not row[5]])
-    update = figures_of(by_layer, layers[0][1].num_updates(adapter_name), needs_gradient, work)
+        _warn_without_gradient(model, [name for (name, _), row in zip(layers, statistics, strict=True) if not row[5]])
+    update = figures_of(statistics, layers[0][1].num_updates(adapter_name), needs_gradient, work)
     report_once(model, noise_findings(update, config.error_feedback))
     return update
 

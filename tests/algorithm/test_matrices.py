@@ -136,6 +136,16 @@ def test_projection_spans_the_leading_singular_vectors(method, shape, r, scale):
     assert torch.allclose(energy, singular_values[:r].square().sum() / singular_values.square().sum(), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(100, 40), (40, 100), (40, 40)])
+def test_svd_resolves_what_float32_holds(shape):
+    # the weakest direction wanted is 2e-5 of the strongest: in a Gram matrix of float32 it is nothing
+    G, r = gradient_with_spectrum(shape, decay=0.7), 30
+    P = project(G, r, "svd")
+    exact = top_singular_vectors(G.double(), r).float()
+    overlap = (P @ exact.T if is_right(shape) else P.T @ exact).square().sum() / r
+    assert overlap > 1 - 1e-4
+
+
 def test_randomized_projection_leaves_the_random_state_alone_and_repeats():
     G = torch.randn(40, 30)
     before = torch.get_rng_state()

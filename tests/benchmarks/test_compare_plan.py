@@ -10,6 +10,7 @@ from types import SimpleNamespace as Namespace
 
 import pytest
 from compare_runs import BY_METHOD, Inline, made_up, plan_of, tokens
+from conditions import trainer_keeps_order
 from safetensors.torch import save_file
 
 from benchmarks.compare import results, tables
@@ -122,6 +123,7 @@ def test_a_result_that_cannot_be_written_ends_the_harness(tmp_path, monkeypatch)
     assert len(workers.specs) == 3
 
 
+@trainer_keeps_order
 def test_a_worker_that_dies_is_told_and_the_others_go_on(tmp_path, capsys):
     save_file({"training": tokens(40).int(), "validation": tokens(16).int()}, tmp_path / "blocks")
     workers = Workers(1, tmp_path / "blocks", tmp_path)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from common import ROOT
+from conditions import TRAINER_LOGS_NORMS_WITHOUT_CLIPPING
 from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -110,7 +111,8 @@ def test_per_layer_updates_change_nothing_but_memory(run_clm, inputs, tmp_path, 
         histories.append([entry for entry in state["log_history"] if "loss" in entry])
     assert saved[0] == saved[1]
     for ordinary, layer_by_layer in zip(*histories, strict=True):
-        assert layer_by_layer["grad_norm"] == pytest.approx(ordinary["grad_norm"], rel=1e-5)
+        if TRAINER_LOGS_NORMS_WITHOUT_CLIPPING:
+            assert layer_by_layer["grad_norm"] == pytest.approx(ordinary["grad_norm"], rel=1e-5)
         assert layer_by_layer["loqt/tokens_per_second"] > 0
 
 

@@ -1,5 +1,6 @@
 """`make gpu` in its small form: everything runs from the folder that is carried, is resumed, and its verdicts can fail."""
 
+import ast
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from common import ROOT
 
-from benchmarks.gpu import kit, memory, runner
+from benchmarks.gpu import correctness, kit, memory, runner
 from benchmarks.gpu.claims import Claim, at_least, at_most, equal, within
 from benchmarks.gpu.plan import MEASUREMENTS, Measurement, affordable, by_name
 from benchmarks.gpu.report import markdown, verdicts
@@ -93,6 +94,29 @@ def test_every_measurement_runs_from_the_carried_folder_and_is_resumed_after_a_k
     written = output.with_suffix(".md").read_text()
     assert results.data["environment"]["torch"] in written
     assert all(claim.name in written and claim.name in printed for found in claims.values() for claim in found)
+
+
+# what is on a GPU machine or is carried there, and the tests' own files
+AT_HAND = {
+    "accelerate",
+    "benchmarks",
+    "bitsandbytes",
+    "loqt_peft",
+    "packaging",
+    "peft",
+    "pytest",
+    "safetensors",
+    "torch",
+}
+AT_HAND |= {"transformers", "common", "conditions", "gpu_device", "reference"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", [*correctness.SHORT_SUITE, *correctness.DEVICE_TESTS, "tests/conftest.py"])
+def test_what_tests_a_gpu_machine_is_carried_and_imports_only_what_it_has(carried, file):
+    tree = ast.parse((carried / file).read_text(encoding="utf-8"))
+    imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in imported} <= AT_HAND
 
 
 def test_without_a_device_the_full_form_says_what_to_do():

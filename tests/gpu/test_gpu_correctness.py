@@ -7,7 +7,6 @@ no difference.
 import copy
 import itertools
 import math
-import os
 from contextlib import nullcontext
 
 import bitsandbytes as bnb
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import loqt_config, tiny_llama, token_batch, train_steps
+from gpu_device import DEVICE, needs_device, on_cuda, sleep, synchronize
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,22 +25,12 @@ from loqt_peft.algorithm.quantization import DenseFormat, FourBitFormat
 from loqt_peft.layers.find import loqt_layers
 
 
-DEVICE = os.environ.get("LOQT_TEST_DEVICE", "cuda")
-on_cuda = DEVICE == "cuda"
-needs_device = pytest.mark.skipif(
-    on_cuda and not torch.cuda.is_available(), reason="no CUDA device; LOQT_TEST_DEVICE=cpu takes the CPU in its place"
-)
 pytestmark = needs_device
 
 SHAPES = [(64, 128), (128, 64), (48, 32)]
 FORMATS = list(itertools.product(("nf4", "fp4"), (False, True)))
 # of float32 sums in another order
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-
-
-def synchronize():
-    if on_cuda:
-        torch.cuda.synchronize()
 
 
 def relative(actual, expected):
@@ -315,8 +305,8 @@ def late_update(factor, late, left, **config):
     loss = model(input_ids=tokens, labels=tokens).loss * factor
     synchronize()
     leave_in_pinned_memory(model, left)
-    if on_cuda and late:
-        torch.cuda._sleep(10**9)  # cycles: about half a second
+    if late:
+        sleep()
     loss.backward()
     return model, model.end_step()
 

@@ -129,6 +129,20 @@ def test_a_state_that_takes_the_place_of_another_is_read():
         assert [layer.num_updates("default"), layer.update_pending("default")] == values
 
 
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_later_switches_write_into_the_memory_that_is_there(quantize):
+    model = get_peft_model(tiny_llama(), loqt_config(quantize_weight=quantize, quantize_projection=quantize))
+    layers = [layer for _, layer in loqt_layers(model)]
+    stored, values = [], []
+    for step in range(3):
+        train_steps(model, 1, start=step)
+        buffers = [buffer["default"] for layer in layers for buffer in (layer.loqt_P, layer.loqt_weight)]
+        stored.append([buffer.data_ptr() for buffer in buffers])
+        values.append([buffer.clone() for buffer in buffers])
+    assert stored[0] == stored[1] == stored[2]
+    assert not any(map(torch.equal, values[1], values[2]))
+
+
 def test_a_base_that_was_merged_goes_back_to_the_host_at_once(monkeypatch):
     model = get_peft_model(tiny_llama(), loqt_config(retain_base="cpu"))
     train_steps(model, 1)

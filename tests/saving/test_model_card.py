@@ -5,11 +5,11 @@ import pickle
 from dataclasses import fields
 
 import pytest
-from common import loqt_config, tiny_llama, train_steps
+from common import TokenDataset, loqt_config, make_trainer, tiny_llama, train_steps
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-from loqt_peft import LoQTConfig
+from loqt_peft import LoQTConfig, LoQTTrainerCallback
 from loqt_peft.saving.model_card import add_loqt_section, keep_loqt_section
 
 
@@ -172,3 +172,59 @@ def test_other_adapters_get_no_section(tmp_path):
     model.save_pretrained(tmp_path)
     assert "LoQT" not in (tmp_path / "README.md").read_text()
     assert isinstance(PeftModel.from_pretrained(tiny_llama(), tmp_path), PeftModel)
+
+
+def test_nothing_of_a_template_is_left(tmp_path):
+    model = get_peft_model(tiny_llama(), loqt_config())
+    train_steps(model, 2)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert "Information Needed" not in text and "Model ID" not in text and "[optional]" not in text
+        card = ModelCard.load(tmp_path / "README.md")
+        headings = [line for line in card.text.splitlines() if line.startswith("#")]
+        assert headings == [
+            "# LoQT adapter",
+            "## LoQT",
+            "### How to load it",
+            "### Citation",
+            "### Framework versions",
+        ]
+
+
+def test_what_somebody_wrote_into_a_template_stays(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    text = path.read_text()
+    assert "# Model Card for Model ID" in text
+    path.write_text(text.replace("## Uses", "It knows all about bees.\n\n## Uses"))
+    add_loqt_section(path, config_of())
+    text = path.read_text()
+    assert "It knows all about bees." in text and "## Uses" not in text and "# LoQT adapter of base\n" in text
+
+
+def test_empty_sections_of_the_trainer_go(card_path):
+    card_path.write_text(f"{FOREIGN}\n## Model description\n\nMore information needed\n\n## Data\n\nMine.\n")
+    add_loqt_section(card_path, config_of())
+    text = card_path.read_text()
+    assert "Model description" not in text and "## Data\n\nMine." in text and "## My results" in text
+
+
+def test_a_run_is_described_by_its_trainer(tmp_path):
+    model = get_peft_model(tiny_llama(), loqt_config())
+    trainer = make_trainer(model, tmp_path / "out", [LoQTTrainerCallback()], max_steps=4, logging_steps=2)
+    model.save_pretrained(tmp_path / "before")
+    assert "- Steps:" not in (tmp_path / "before" / "README.md").read_text()
+    trainer.train()
+    trainer.evaluate(TokenDataset(8))
+    trainer.save_model(tmp_path / "adapter")
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    history = trainer.state.log_history
+    loss = next(entry["loss"] for entry in reversed(history) if "loss" in entry)
+    evaluated = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert f"- Training loss, last logged: {loss:.4f}\n" in text and f"- Evaluation loss: {evaluated:.4f}\n" in text
+    assert "- Trained on: 64 examples\n" in text and "- Steps: 4 (" in text and "- Peak memory: " in text
+    # each way of loading is there, and the settings are folded away
+    assert text.index("PeftModel") < text.index("--to dense")
+    assert text.index("<details>") < text.index("| `r` |") < text.index("</details>")

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
-from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch
+from common import TokenDataset, load_llama, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from conditions import transformers_loads_into_models_without_a_head
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from loqt_peft import LoQTTrainerCallback
@@ -85,6 +88,7 @@ def test_updates_asked_for_through_a_module_within(base_dir, tmp_path, door):
     assert_saved(model, base_dir, tmp_path / "adapter")
 
 
+@transformers_loads_into_models_without_a_head
 def test_sentence_transformer(tmp_path):
     tokens = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "c": 4}, unk_token="[UNK]"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -105,3 +109,24 @@ def test_sentence_transformer(tmp_path):
     model.save_pretrained(str(tmp_path / "saved"))
     loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert torch.equal(loaded.encode(texts, convert_to_tensor=True), expected)
+
+
+def test_wrappers_of_activation_checkpointing_are_not_in_the_names_of_an_adapter(tmp_path):
+    model = get_peft_model(tiny_llama(), loqt_config(full_rank_modules=["lm_head"]))
+    train_steps(model, 2)
+    model.save_pretrained(tmp_path / "plain")
+
+    def wrapped(model):
+        blocks = model.get_base_model().model.layers
+        for index, block in enumerate(blocks):
+            blocks[index] = checkpoint_wrapper(block)
+        return model
+
+    wrapped(model).save_pretrained(tmp_path / "wrapped")
+    plain, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
+    assert plain.keys() == other.keys() and all(torch.equal(plain[key], other[key]) for key in plain)
+    # into wrapped blocks as well
+    again = wrapped(get_peft_model(tiny_llama(), loqt_config(full_rank_modules=["lm_head"])))
+    again.load_adapter(tmp_path / "plain", "default", is_trainable=True)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=token_batch()).logits, model(input_ids=token_batch()).logits)

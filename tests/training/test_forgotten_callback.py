@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from common import TokenDataset, loqt_config, make_trainer, tiny_llama, token_batch, train_steps
+from conditions import needs_trl, optimizers
 from datasets import Dataset
 from optimi import AdamW as OptimiAdamW
 from optimi import prepare_for_gradient_release
@@ -20,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, SFTTrainer
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.layers.find import loqt_layers
@@ -88,7 +88,7 @@ def backward(model, seed=0):
 ###############################
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("optim", optimizers(OPTIMIZERS))
 def test_every_optimizer_of_the_trainer(optim):
     with pytest.warns(UserWarning) as recorded:
         make_trainer(loqt_model(), "unused", optim=optim, max_steps=2).train()
@@ -114,7 +114,10 @@ def test_second_forward_pass_is_the_latest(kwargs):
     assert said(recorded) == [EMPTY]
 
 
+@needs_trl
 def test_sft_trainer():
+    from trl import SFTConfig, SFTTrainer
+
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(64)}, unk_token="0"))
     args = SFTConfig(
         "unused", max_steps=2, use_cpu=True, bf16=False, report_to="none", save_strategy="no", eos_token="1"

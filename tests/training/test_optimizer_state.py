@@ -8,10 +8,9 @@ import pytest
 import schedulefree
 import torch
 from common import TokenDataset, loqt_config, make_trainer, single_linear, tiny_llama, token_batch
+from conditions import needs_torchao, optimizers, transformers_finds_schedulefree
 from grokadamw import GrokAdamW
 from peft import get_peft_model
-from torchao.optim import AdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
 from transformers import TrainerCallback
 
 from loqt_peft import LoQTTrainerCallback
@@ -46,6 +45,7 @@ NAMES = [
 # their state (ASGD, Adafactor with momentum).
 CLASSES = {
     "Adadelta": torch.optim.Adadelta,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "Adan": lambda p: optimi.Adan(p, lr=0.01),
     "GrokAdamW": lambda p: GrokAdamW(p, lr=0.01),
@@ -124,7 +124,7 @@ class KeepOptimizer(TrainerCallback):
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
-@pytest.mark.parametrize("optim", NAMES)
+@pytest.mark.parametrize("optim", optimizers(NAMES))
 def test_optimizers_of_the_trainer_leave_b(optim, optimizer_state):
     model, kept = loqt_model(optimizer_state=optimizer_state), KeepOptimizer()
     kwargs = {"lr_scheduler_type": "constant", "max_steps": 4, "weight_decay": 0.1}
@@ -134,7 +134,7 @@ def test_optimizers_of_the_trainer_leave_b(optim, optimizer_state):
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset", "rotate"])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", optimizers(CLASSES))
 def test_optimizers_of_a_loop_leave_b(name, optimizer_state):
     model = loqt_model(optimizer_state=optimizer_state)
     if "16 bits" in name:
@@ -170,6 +170,14 @@ def test_average_of_asgd_starts_again():
     assert all(torch.equal(optimizer.state[B]["ax"], B) for B in all_B(model))
 
 
+def test_adagrad_is_reset_to_what_it_began_with():
+    model = loqt_model(optimizer_state="reset")
+    optimizer = torch.optim.Adagrad(all_B(model), lr=0.01, initial_accumulator_value=0.5)
+    train(model, optimizer)
+    for B in all_B(model):
+        assert optimizer.state[B]["sum"].eq(0.5).all() and optimizer.state[B]["step"] == 0
+
+
 def test_grokadamw_keeps_its_state_in_its_groups():
     for optimizer_state in ("reset", "rotate"):
         model = loqt_model(optimizer_state=optimizer_state)
@@ -203,7 +211,11 @@ def test_squares_are_not_rotated(optimizer_class):
     assert all(optimizer.state[B]["state1"].max() > 0 for B in all_B(model))
 
 
+@needs_torchao
 def test_rotation_of_torchao_moments():
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
     model = loqt_model(optimizer_state="rotate")
     optimizer = AdamW8bit(all_B(model), lr=0.01)
     train(model, optimizer, steps=3)
@@ -283,6 +295,7 @@ def test_update_without_the_optimizer(optimizer_state):
         model.end_step()
 
 
+@transformers_finds_schedulefree
 def test_rotated_copies_are_refused_at_the_start():
     trainer = make_trainer(
         loqt_model(optimizer_state="rotate"), "unused", [LoQTTrainerCallback()], optim="schedule_free_adamw"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import loqt_config
+from conditions import transformers_loads_into_models_without_a_head
 from datasets import Dataset
 from peft import get_peft_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -61,6 +62,7 @@ def by_peft(model, config):
     model[0].model = get_peft_model(model[0].auto_model, config)
 
 
+@transformers_loads_into_models_without_a_head
 @pytest.mark.parametrize("add", [by_adapter, by_peft])
 def test_trains_saves_and_loads(base_dir, tmp_path, add):
     model = sentence_model(base_dir)

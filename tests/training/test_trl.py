@@ -5,15 +5,21 @@ import copy
 import pytest
 import torch
 from common import VOCABULARY, load_llama, loqt_config, tiny_llama, token_batch, train_steps
+from conditions import HAS_TRL_AND_TORCHAO, WITHOUT_TRL
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.callbacks import SyncRefModelCallback
 
 from loqt_peft import LoQTTrainerCallback
 from loqt_peft.layers.find import loqt_layers
+
+
+if not HAS_TRL_AND_TORCHAO:
+    pytest.skip(WITHOUT_TRL, allow_module_level=True)
+
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 
 STEPS = 3
