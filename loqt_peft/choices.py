@@ -9,7 +9,7 @@ OPTIMIZER_STATES = ("keep", "reset", "rotate")
 RETAIN_BASE = ("device", "cpu", "drop")
 UPDATE_MODES = ("backward", "stagger", "whole")
 
-EXPORT_FORMATS = ("dense", "bnb-4bit", "lora")
+EXPORT_FORMATS = ("dense", "bnb-4bit", "qlora", "lora")
 
 # of a memory estimate
 ESTIMATED_METHODS = ("loqt", "loqt-nq", "lora", "qlora", "galore", "full")

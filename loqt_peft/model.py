@@ -298,17 +298,21 @@ class LoQTModel(BaseTuner):
     def export(
         self,
         output_dir: str | Path,
-        to: Literal["dense", "bnb-4bit", "lora"],
+        to: Literal["dense", "bnb-4bit", "qlora", "lora"],
         rank: int | float | None = None,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
         progressbar: bool = False,
+        base_name: str | None = None,
     ) -> ExportReport:
         """Write the active adapter in a form that loads without this package.
 
-        `"dense"` and `"bnb-4bit"` use this model up: layer by layer it becomes the exported one, so that no second copy is
-        needed. They load with transformers' `from_pretrained`. `"lora"` leaves this model as it is, and loads with PEFT on
-        the *original* base model; modules trained in place (`full_rank_modules`) travel as `modules_to_save`.
+        `"dense"`, `"bnb-4bit"` and `"qlora"` use this model up: layer by layer it becomes the exported one, so that no second
+        copy is needed. The first two load with transformers' `from_pretrained`; `"bnb-4bit"` quantizes the sum of weight and
+        change, and loses what is smaller than a step of that. `"qlora"` loses nothing: `output_dir/base` is a model with the
+        adapter's very 4-bit codes, and `output_dir` a LoRA adapter of rank r on it that holds s·PB; both load with
+        `AutoPeftModel...from_pretrained(output_dir)`. `"lora"` leaves this model as it is, and loads with PEFT on the
+        *original* base model; modules trained in place (`full_rank_modules`) travel as `modules_to_save`.
 
         Args:
             output_dir (`str` or `Path`): A new or empty folder.
@@ -321,6 +325,9 @@ class LoQTModel(BaseTuner):
                 for A and B.
             overwrite (`bool`): Replace a model that `output_dir` holds.
             progressbar (`bool`): Show one.
+            base_name (`str`, *optional*):
+                With `"qlora"` only: what the adapter names as its base model, as the Hub name under which you push
+                `output_dir/base`. `None`: that folder's path.
 
         Returns:
             [`~loqt_peft.export.ExportReport`]
@@ -329,11 +336,11 @@ class LoQTModel(BaseTuner):
             ValueError:
                 Before anything is changed: if an argument is not allowed; not exactly one adapter is active, or it is
                 merged; the model is not of transformers, or offloaded; its quantization is not bitsandbytes' 4-bit; with
-                `"bnb-4bit"` a layer is one that transformers keeps in float32; with `"lora"` the base weights were
-                dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
+                `"bnb-4bit"` and `"qlora"` a layer is one that transformers keeps in float32; with `"lora"` the base weights
+                were dropped, or full-rank parameters lie beside LoQT layers in one module. Before anything is written: if a
                 weight is not finite.
         """
         for _, layer in loqt_layers(self.model):
             if layer.base.is_sharded:
                 layer.base.require("Exporting the adapter")
-        return export(self, output_dir, to, rank, dtype, overwrite, progressbar)
+        return export(self, output_dir, to, rank, dtype, overwrite, progressbar, base_name)

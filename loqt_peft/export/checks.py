@@ -63,13 +63,24 @@ def check_rank(to: str, rank: int | float | None) -> None:
         raise ValueError(f"to={to!r} is not allowed: one of {', '.join(map(repr, EXPORT_FORMATS))}.")
     if to != "lora":
         if rank is not None:
-            raise ValueError(f"rank={rank!r} is not allowed with to={to!r}: only a LoRA adapter has a rank.")
+            raise ValueError(f"rank={rank!r} is not allowed with to={to!r}: only with 'lora' is it chosen.")
         return
     is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if not is_rank and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(
             f"rank={rank!r} is not allowed with to='lora': an integer of at least 1, or a float above 0 and up to 1, the "
             "share of each layer's squared change that its rank must keep."
+        )
+
+
+def check_base_name(to: str, base_name: str | None) -> None:
+    """
+    Raises:
+        ValueError: If a name of the base model is given, and nothing is written that names one.
+    """
+    if base_name is not None and to != "qlora":
+        raise ValueError(
+            f"base_name={base_name!r} is not allowed with to={to!r}: only with 'qlora' is a base written."
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.find import loqt_layers
+from ..layers.layer import LoQTLayer
 from ..patience import patiently
 from .report import Errors
 
@@ -27,12 +28,19 @@ def exported_weight(layer: nn.Module) -> torch.Tensor:
 def convert_layers(
     tuner: BaseTuner,
     adapter_name: str,
-    convert: Callable[[nn.Module, torch.Tensor, torch.dtype], nn.Module],
+    convert: Callable[[LoQTLayer, torch.Tensor], nn.Module],
     progressbar: bool,
+    beside: Callable[[str], torch.Tensor | float] = lambda name: 0.0,
 ) -> Errors:
-    """Replace each LoQT layer by `convert(base_layer, weight, dtype)`, then unwrap what else PEFT has wrapped.
+    """Replace each LoQT layer by `convert(layer, weight)`, then unwrap what else PEFT has wrapped.
 
-    `weight` is float32 `[out, in]`, and `dtype` is what the base weight has or dequantizes to.
+    Args:
+        tuner (`BaseTuner`): A model with LoQT layers; they are used up.
+        adapter_name (`str`): The adapter to convert; layers without it get their base layer back.
+        convert (`Callable`):
+            Makes the new layer. `weight` is the whole weight, float32 `[out, in]`; what the layer holds itself is there still.
+        progressbar (`bool`): Show one.
+        beside (`Callable`): Name of a layer -> what is exported of its weight elsewhere, float32 `[out, in]`.
     """
     model, errors = tuner.model, Errors()
     # names only: a layer is freed once it is replaced
@@ -48,9 +56,8 @@ def convert_layers(
             raise ValueError(f"The weight of {name!r} is not finite: the adapter is broken. Nothing was written.")
         # before the base weight is replaced
         change = None if layer.base.dropped else layer.get_delta_weight(adapter_name)
-        dtype = layer.weight_dtype
-        converted = convert(base_layer, weight, dtype)
-        errors.add(weight - exported_weight(converted), weight, change)
+        converted = convert(layer, weight)
+        errors.add(weight - exported_weight(converted) - beside(name), weight, change)
         model.set_submodule(name, converted)
         if converted is not base_layer:
             # a Params4bit and its Linear4bit hold each other

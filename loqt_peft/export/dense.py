@@ -28,7 +28,7 @@ def to_dense(
     errors = convert_layers(
         tuner,
         adapter_name,
-        lambda base, weight, base_dtype: dense_layer(base, weight, dtype or base_dtype),
+        lambda layer, weight: dense_layer(layer.get_base_layer(), weight, dtype or layer.weight_dtype),
         progressbar,
     )
     for name in [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]:

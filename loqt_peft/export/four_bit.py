@@ -9,6 +9,7 @@ from torch import nn
 from ..choices import QUANT_TYPES
 from ..layers.find import loqt_layers
 from ..layers.four_bit import declare_four_bit, four_bit_layer
+from ..layers.layer import LoQTLayer
 from .conversion import cast, convert_layers
 from .report import Errors
 
@@ -30,14 +31,19 @@ def to_4bit(
     """
     model, config = tuner.model, tuner.peft_config[adapter_name]
     quant_type = config.quantize_weight or QUANT_TYPES[0]
-    names = {name for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B}
-    compute_dtype = dtype or model.get_submodule(min(names)).weight_dtype
+    compute_dtype = dtype or base_dtype(model, adapter_name)
 
-    def convert(base_layer: nn.Module, weight: torch.Tensor, base_dtype: torch.dtype) -> nn.Module:
-        return four_bit_layer(base_layer, weight, dtype or base_dtype, compute_dtype, quant_type, config.double_quant)
+    def convert(layer: LoQTLayer, weight: torch.Tensor) -> nn.Module:
+        base_layer, own_dtype = layer.get_base_layer(), dtype or layer.weight_dtype
+        return four_bit_layer(base_layer, weight, own_dtype, compute_dtype, quant_type, config.double_quant)
 
     errors = convert_layers(tuner, adapter_name, convert, progressbar)
     if dtype is not None:
         cast(model, dtype)
     declare_four_bit(model, quant_type, config.double_quant, compute_dtype)
     return errors
+
+
+def base_dtype(model: nn.Module, adapter_name: str) -> torch.dtype:
+    """Of the base weights under an adapter, as their first layer by name has it."""
+    return min((name, layer.weight_dtype) for name, layer in loqt_layers(model) if adapter_name in layer.loqt_B)[1]

@@ -19,7 +19,7 @@ from ..layers.layer import LoQTLayer
 from .report import Errors
 
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def full_rank_owners(model: PreTrainedModel, configs: Iterable[PeftConfig]) -> tuple[list[str], list[str]]:
@@ -78,8 +78,8 @@ def save_lora(
         if f"{name}.lora_A.weight" not in converted:
             continue
         A, B = (converted[f"{name}.lora_{matrix}.weight"].to(dtype) for matrix in "AB")
-        state[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = A
-        state[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = B
+        state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+        state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = A.shape[0]
         change = layer.get_delta_weight(adapter_name)
         product = B.float() @ A.float()
@@ -91,11 +91,11 @@ def save_lora(
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             saved = module.adapter_state_dict(adapter_name, module.state_dict())
-            state |= {f"{_PEFT_PREFIX}{name}.{key}": tensor for key, tensor in saved.items()}
+            state |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in saved.items()}
     for name in owners:
         saved = model.get_submodule(name).state_dict()
-        state |= {f"{_PEFT_PREFIX}{name}.{key}": tensor for key, tensor in saved.items()}
-    state |= {f"{_PEFT_PREFIX}{name}": model.get_parameter(name) for name in biases}
+        state |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in saved.items()}
+    state |= {f"{PEFT_PREFIX}{name}": model.get_parameter(name) for name in biases}
 
     # names rather than the adapter's patterns, which need exclude_modules beside them
     lora_config.target_modules = set(ranks)

@@ -14,7 +14,7 @@ class ExportReport:
     """What was written, and what it lost. The errors are those of the LoQT layers, all of them together.
 
     Attributes:
-        to (`str`): One of `"dense"`, `"bnb-4bit"` and `"lora"`.
+        to (`str`): One of `"dense"`, `"bnb-4bit"`, `"qlora"` and `"lora"`.
         output_dir (`str`): Where it was written.
         layers (`int`): How many LoQT layers were converted.
         weight_error (`float`):

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..algorithm.precision import plain_defaults
-from ..algorithm.quantization import FourBitFormat
+from ..algorithm.quantization import FourBitFormat, undo_cpu_packing
 from .base_weight import source_class
 
 
@@ -56,16 +56,31 @@ def pack_weight(layer: bnb.nn.Linear4bit, matrix: torch.Tensor, dtype: torch.dty
     """
     quant_type, double_quant = layer.weight.quant_type, layer.weight.compress_statistics
     storage = FourBitFormat(tuple(matrix.shape), quant_type, double_quant)
-    parts = storage.parts(storage.pack(matrix))
+    return packed_weight(layer, storage, storage.pack(matrix), dtype or matrix.dtype)
+
+
+def packed_weight(
+    layer: bnb.nn.Linear4bit, storage: FourBitFormat, packed: torch.Tensor, dtype: torch.dtype
+) -> bnb.nn.Params4bit:
+    """The weight of a `Linear4bit` with the very codes and absmax of a packed matrix, in memory of its own.
+
+    Args:
+        layer (`bnb.nn.Linear4bit`): Is told of the quantization state; its weight stays as it is.
+        storage (`FourBitFormat`): How the matrix `[out, in]` is packed.
+        packed (`torch.Tensor`): uint8, as `storage` packs it.
+        dtype (`torch.dtype`): What the weight dequantizes to.
+    """
+    quant_type, double_quant = storage.quant_type, storage.double_quant
+    parts = storage.parts(packed)
     with plain_defaults():
-        code = get_4bit_type(quant_type, device=matrix.device)
+        code = get_4bit_type(quant_type, device=packed.device)
     state = QuantState(
         absmax=parts["absmax"],
-        shape=matrix.shape,
+        shape=torch.Size(storage.shape),
         code=code,
         blocksize=storage.blocksize,
         quant_type=quant_type,
-        dtype=dtype or matrix.dtype,
+        dtype=dtype,
         offset=parts.get("offset"),
         state2=storage.nested_state(parts.get("nested_absmax")),
     )
@@ -106,6 +121,7 @@ def declare_four_bit(model: PreTrainedModel, quant_type: str, double_quant: bool
     quantized, skipped = set(), []
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
+            undo_cpu_packing(module.weight)
             quantized.add(name)
         elif type(module) in (nn.Linear, Conv1D):
             skipped.append(name)

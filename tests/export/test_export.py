@@ -3,9 +3,6 @@
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 import types
 import weakref
 from pathlib import Path
@@ -14,7 +11,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
-from common import ROOT, load_llama, loqt_config, tiny_llama, token_batch, train_steps
+from common import load_llama, loqt_config, tiny_llama, token_batch, train_steps
+from exports import effective_weights, exact, logits, run, trained
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -61,42 +59,6 @@ def tied_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("tied")
     tiny_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True).save_pretrained(path)
     return path
-
-
-def trained(path, base="dense", switches=3, dtype=torch.float32, **kwargs):
-    model = get_peft_model(exact(load_llama(path, base, dtype)), loqt_config(**kwargs))
-    train_steps(model, switches)
-    if not switches:
-        # P is empty before the first switch
-        randomize(model)
-    return model
-
-
-@torch.no_grad()
-def randomize(model, size=0.02):
-    for _, layer in loqt_layers(model):
-        layer.loqt_P["default"] = layer.projection_format("default").pack(
-            torch.randn_like(layer.projection("default"))
-        )
-        layer.loqt_B["default"].normal_(std=size)
-
-
-def exact(model):
-    # in eval, on processors with AVX512-BF16, bitsandbytes would round the absmax of a 4-bit base to bfloat16
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-@torch.no_grad()
-def logits(model, seed=99):
-    model.eval()
-    return model(input_ids=token_batch(seed)).logits
-
-
-def effective_weights(model):
-    return {name: layer.effective_weight("default") for name, layer in loqt_layers(model.base_model.model)}
 
 
 def changes(model):
@@ -459,11 +421,6 @@ with torch.no_grad():
     logits = {to: model.eval()(input_ids=tokens).logits for to, model in models.items()}
 save_file(logits, folder + "/logits.safetensors")
 """
-
-
-def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 def test_all_load_without_this_package(tied_dir, tmp_path):
