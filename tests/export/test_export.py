@@ -501,7 +501,7 @@ def test_command_refuses_in_one_line(base_dir, adapter_dir, tmp_path, capsys):
         ([str(tmp_path / "nowhere"), out, "--to", "dense"], "nowhere"),
         ([str(tmp_path / "lora"), out, "--to", "dense"], "type LORA, not LoQT"),
         ([str(adapter_dir), out, "--to", "lora"], "rank=None"),
-        ([str(adapter_dir), out, "--to", "dense", "--rank", "3"], "only a LoRA adapter has a rank"),
+        ([str(adapter_dir), out, "--to", "dense", "--rank", "3"], "only with 'lora' is it chosen"),
         ([str(adapter_dir), str(adapter_dir), "--to", "dense", "--overwrite"], "is read from it"),
         ([str(adapter_dir), str(base_dir), "--to", "dense", "--overwrite"], "is read from it"),
         ([str(adapter_dir), str(tmp_path / "lora"), "--to", "dense"], "holds a model already"),
@@ -538,7 +538,7 @@ def test_base_is_loaded_as_the_adapter_says(base_dir):
     "to, rank, match",
     [
         ("gguf", None, "to='gguf' is not allowed"),
-        ("dense", 8, "only a LoRA adapter has a rank"),
+        ("dense", 8, "only with 'lora' is it chosen"),
         ("lora", None, "rank=None is not allowed"),
         ("lora", 0, "rank=0 is not allowed"),
         ("lora", True, "rank=True is not allowed"),
